@@ -24,7 +24,7 @@ class InputError(ValueError):
         self.message, self.hint, self.file, self.line = message, hint, file, line
 
     def __str__(self) -> str:
-        where = "" if self.file is None else f"{self.file}: " if self.line is None else f"{self.file}:{self.line}: "
+        where = "" if self.file is None else f"{self.file}: " if not self.line else f"{self.file}:{self.line}: "
         return where + self.message
 
 

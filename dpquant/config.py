@@ -1,0 +1,214 @@
+"""Run configurations: one YAML file says everything a run needs, and is checked whole before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from emulation.errors import InputError, suggestion
+from hwmodels.fields import Anything, Field, Fields, Null, Number, OneOf, Table, Text, json_schema, problems
+from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
+
+# The order of lookup: beside the package in a checkout, inside it in an install.
+_SHIPPED = (Path(__file__).parent.parent / "configs" / "runs", Path(__file__).parent / "configs" / "runs")
+_OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+def _optional(entry: Field) -> Field:
+    return replace(entry, required=False)
+
+
+_POSITIVE = Number(above=0, required=False)
+_COUNT = Number(minimum=1, integer=True, required=False)
+_NAME = Text(required=False)
+
+SPECIFICATION = Fields(
+    entries={
+        "name": Text(doc="what the run is called in its folder and report", required=False),
+        "model": Fields(
+            entries={
+                "name": Text(doc="a model of the project"),
+                "options": Table(value=Anything(), doc="what the model's class takes", required=False),
+            }
+        ),
+        "data": Fields(
+            entries={
+                "name": Text(doc="a data set"),
+                "root": Text(doc="the folder of its files", required=False),
+                "split": Text(doc="EMNIST's part", required=False),
+            }
+        ),
+        "hardware": Fields(
+            entries={
+                "profile": Text(doc="name or path of a hardware profile"),
+                "basis": Text(choices=("peak", "calibrated"), doc="what speedup is modelled on", required=False),
+            }
+        ),
+        "format": Text(doc="number format or preset of the quantized layers"),
+        "schedule": Fields(
+            entries={
+                "scheduler": Text(choices=("full", "static", "pls", "dpquant")),
+                "target_speedup": Number(minimum=1, doc="modelled speedup of every epoch", required=False),
+                "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),
+                "beta": Number(minimum=0, doc="the draw's weights are softmax(-beta * sensitivity)", required=False),
+            }
+        ),
+        "training": Fields(
+            entries={
+                "epochs": Number(minimum=1, integer=True),
+                "batch_size": Number(minimum=1, integer=True, doc="expected size of a Poisson batch: a public number"),
+                "dataset_size": replace(_COUNT, doc="declared number of examples, public; default: the data's"),
+                "max_physical_batch_size": replace(_COUNT, doc="larger batches are processed in parts"),
+                "optimizer": Text(choices=_OPTIMIZERS, required=False),
+                "learning_rate": Number(above=0),
+                "momentum": Number(minimum=0, below=1, required=False),
+                "weight_decay": Number(minimum=0, required=False),
+                "max_grad_norm": Number(above=0),
+                "clipping": Text(choices=("bookkeeping", "hooks"), required=False),
+                "accumulate": Text(choices=("float32", "hardware"), required=False),
+            }
+        ),
+        "privacy": Fields(
+            entries={
+                "target_epsilon": Number(above=0, doc="spent by training and analyses together", required=False),
+                "noise_multiplier": Number(minimum=0, doc="instead of target_epsilon", required=False),
+                "target_delta": Number(above=0, below=1),
+                "accountant": Text(choices=("prv", "rdp"), required=False),
+            }
+        ),
+        "analysis": Fields(
+            required=False,
+            entries={
+                "interval": replace(_COUNT, doc="epochs between two analyses"),
+                "noise_multiplier": replace(_POSITIVE, doc="of the released loss differences"),
+                "max_norm": replace(_POSITIVE, doc="norm each example's vector of loss differences is clipped to"),
+                "expected_batch_size": replace(_COUNT, doc="of the Poisson sample that is analysed"),
+                "decay": Number(minimum=0, below=1, doc="of the moving average over analyses", required=False),
+            },
+        ),
+        "seed": OneOf(
+            options=(Number(minimum=0, maximum=2**63 - 1, integer=True), Null()),
+            doc="root of all random streams; leave out for a secret one",
+            required=False,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A checked run configuration.
+
+    Attributes:
+        path: the file it was read from.
+        data: its content as plain data with every default filled in, which a run folder keeps.
+    """
+
+    path: str
+    data: Mapping[str, Any]
+    _document: Document = field(repr=False, compare=False)
+
+    def __getitem__(self, section: str) -> Any:
+        return self.data[section]
+
+    def error(self, key: KeyPath, message: str, *, hint: str | None = None) -> InputError:
+        """An error that points at the line of ``key``, such as ``("training", "batch_size")``."""
+        return self._document.error(key, message, hint=hint)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "name": None,
+    "model": {"options": {}},
+    "data": {"root": None, "split": None},
+    "hardware": {"basis": None},
+    "schedule": {"target_speedup": None, "fraction": None, "beta": 10.0},
+    "training": {
+        "dataset_size": None,
+        "max_physical_batch_size": None,
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "clipping": "bookkeeping",
+        "accumulate": "float32",
+    },
+    "privacy": {"target_epsilon": None, "noise_multiplier": None, "accountant": "prv"},
+    "analysis": {"interval": 2, "noise_multiplier": 2.0, "max_norm": 0.1, "expected_batch_size": 256, "decay": 0.5},
+    "seed": None,
+}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> path of the run configurations that come with the project."""
+    return {p.stem: p for folder in reversed(_SHIPPED) if folder.is_dir() for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(path: str | Path, overrides: Mapping[KeyPath, Any] | None = None) -> RunConfig:
+    """Reads and checks a run configuration.
+
+    Args:
+        path: a YAML file, or the name of a shipped configuration.
+        overrides: key path -> value, put in the file's place before anything is checked; None removes the key.
+
+    Raises:
+        InputError: no such file, or every problem in it, each with file and line.
+    """
+    shipped = shipped_configs()
+    if not Path(path).exists():
+        name = Path(path).name.removesuffix(".yaml")
+        if name not in shipped or len(Path(path).parts) > 3:
+            raise InputError(f"no such configuration: {path}", hint=suggestion(name, shipped))
+        path = shipped[name]
+    document = _overridden(read_yaml(path), overrides or {})
+    raise_all(problems(document, SPECIFICATION))
+    data = document.data
+    resolved = {key: _filled(data.get(key), _DEFAULTS.get(key)) for key in SPECIFICATION.entries}
+    resolved["name"] = resolved["name"] or Path(path).stem
+    config = RunConfig(path=str(path), data=resolved, _document=document)
+    raise_all(_contradictions(config))
+    return config
+
+
+def run_schema() -> dict[str, Any]:
+    """The JSON Schema of run configurations, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "dpquant run"} | json_schema(
+        SPECIFICATION
+    )
+
+
+def _filled(value: Any, default: Any) -> Any:
+    if isinstance(default, dict):
+        return {**default, **(value or {})}
+    return default if value is None else value
+
+
+def _overridden(document: Document, overrides: Mapping[KeyPath, Any]) -> Document:
+    data, lines, files = document.data, dict(document.lines), dict(document.files)
+    if not isinstance(data, dict):
+        return document
+    data = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
+    for key, value in overrides.items():
+        section: Any = data
+        for part in key[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                return document  # the check of the document itself says what is wrong
+        section.pop(key[-1], None)
+        if value is not None:
+            section[key[-1]] = value
+        lines[key], files[key] = 0, "command line"
+    return replace(document, data=data, lines=lines, files=files)
+
+
+def _contradictions(config: RunConfig) -> list[InputError]:
+    found = []
+    schedule, privacy = config["schedule"], config["privacy"]
+    given = [key for key in ("target_speedup", "fraction") if schedule[key] is not None]
+    if schedule["scheduler"] != "full" and len(given) != 1:
+        message = f"schedule has {' and '.join(given) or 'neither target_speedup nor fraction'}: give one of the two"
+        found.append(config.error(("schedule",), message, hint="target_speedup: 1.5, or fraction: 0.9"))
+    if (privacy["target_epsilon"] is None) == (privacy["noise_multiplier"] is None):
+        message = "privacy needs one of target_epsilon and noise_multiplier"
+        found.append(config.error(("privacy",), message, hint="target_epsilon: 8.0"))
+    return found
