@@ -1,0 +1,101 @@
+"""Schedulers: which layers to quantize first, as pure functions of (seed, epoch) and released values.
+
+A draw reads no private data and touches no global random state: whatever it returns is post-processing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from emulation.errors import InputError, suggestion
+
+Scheduler = Literal["full", "static", "pls", "dpquant"]
+SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+
+
+def probability(sensitivities: Sequence[float], beta: float) -> list[float]:
+    """``softmax(-beta * sensitivities)``: the probability with which each layer is drawn first.
+
+    Args:
+        sensitivities: released loss impact of quantizing each layer; all finite.
+        beta: zero or more; 0 is uniform.
+
+    Raises:
+        InputError: a sensitivity that is not finite, or ``beta`` out of range.
+    """
+    logits = _logits(sensitivities, beta)
+    top = max(logits, default=0.0)
+    weights = [math.exp(x - top) for x in logits]
+    total = math.fsum(weights)
+    return [w / total for w in weights]
+
+
+def draw_order(
+    scheduler: Scheduler,
+    layers: Sequence[str],
+    *,
+    sensitivities: Mapping[str, float] | None = None,
+    beta: float = 0.0,
+    epoch: int,
+    seed: int,
+) -> tuple[str, ...]:
+    """The layers in the order in which they are to be quantized.
+
+    Args:
+        scheduler: ``full``: none is ever quantized. ``static``: one uniform order for the whole run. ``pls``: a new
+            uniform order every epoch. ``dpquant``: every epoch layer after layer without replacement, each with
+            probability softmax(-beta * sensitivity) among those left (arXiv 2509.03472), drawn as a descending sort
+            of ``-beta * sensitivity`` plus Gumbel noise, which is the same distribution (arXiv 1903.06059).
+        layers: names, each once.
+        sensitivities: released values by layer name, for ``dpquant``; None (nothing released yet) is a uniform draw.
+        beta: how strongly sensitive layers are avoided, per unit of sensitivity; 0 is uniform.
+        epoch: which draw this is.
+        seed: of the run's schedule.
+
+    Returns:
+        All of ``layers``, reordered; nothing for ``full``.
+
+    Raises:
+        InputError: unknown scheduler, a layer given twice, a layer without a sensitivity, a value out of range.
+    """
+    if scheduler not in SCHEDULERS:
+        raise InputError(f"unknown scheduler={scheduler!r}", hint=suggestion(str(scheduler), SCHEDULERS))
+    if len(set(layers)) != len(layers):
+        twice = next(name for name in layers if list(layers).count(name) > 1)
+        raise InputError(f"layer={twice!r} is given twice")
+    if scheduler == "full":
+        return ()
+    logits = [0.0] * len(layers)
+    if scheduler == "dpquant" and sensitivities is not None:
+        if missing := [name for name in layers if name not in sensitivities]:
+            raise InputError(f"layer={missing[0]!r} has no sensitivity", hint=suggestion(missing[0], sensitivities))
+        logits = _logits([sensitivities[name] for name in layers], beta)
+    uniform = _uniform(seed, "static" if scheduler == "static" else epoch)
+    keys = [logit - math.log(-math.log(_open(uniform))) for logit in logits]
+    return tuple(layers[i] for i in sorted(range(len(layers)), key=lambda i: -keys[i]))
+
+
+def _logits(sensitivities: Sequence[float], beta: float) -> list[float]:
+    if not math.isfinite(beta) or beta < 0:
+        raise InputError(f"beta={beta!r} is out of range", hint="a finite number, zero or more; 0 draws uniformly")
+    for value in sensitivities:
+        if not math.isfinite(value):
+            raise InputError(f"sensitivity={value!r} is not finite")
+    return [-beta * value for value in sensitivities]
+
+
+def _uniform(seed: int, position: int | str) -> random.Random:
+    """A generator keyed by (seed, position); Python promises its ``random()`` the same bits in every version."""
+    label = f"schedule:{seed}:{position}".encode()
+    return random.Random(int.from_bytes(hashlib.sha256(label).digest(), "big"))
+
+
+def _open(uniform: random.Random) -> float:
+    """Uniform in the open interval (0, 1), so that both logarithms exist."""
+    while not 0 < (u := uniform.random()) < 1:
+        pass
+    return u
