@@ -51,9 +51,9 @@ class Block(nn.Module):
         if self.norm_first:
             x = x + self.attention(self.norm1(x))
             out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-            return out
-        x = self.norm1(x + self.attention(x))
-        out: Tensor = self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
+        else:
+            x = self.norm1(x + self.attention(x))
+            out = self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
         return out
 
 
