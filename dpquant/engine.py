@@ -1,0 +1,451 @@
+"""The library door: private training whose layers are quantized by a schedule that a hardware model drives."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dpquant import clipping as clip
+from dpquant import privacy, schedule, sensitivity
+from dpquant.sampling import PoissonSampler, poisson_draw, private_loader
+from dpquant.streams import fresh_root, stream, stream_seed
+from emulation import layers
+from emulation.errors import InputError, suggestion
+from hwmodels import cost, planner
+from hwmodels.profile import HardwareProfile, load_profile
+from hwmodels.workload import Workload, trace
+
+_log = logging.getLogger("dpquant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch of the schedule: what is quantized in it, and what the hardware model says of that.
+
+    Attributes:
+        index: from 0.
+        plan: layer name -> number format; the layers that are not in it run in full precision.
+        estimate: modelled time, energy and memory of one step under the plan, analyses not included.
+        speedup: modelled speedup over full precision, the analyses' time included.
+        sensitivities: layer name -> smoothed private loss impact that the draw used; None where none was released.
+        analysed: whether a sensitivity analysis ran at the start of this epoch.
+        analysis_wall_s: how long that took on this machine.
+    """
+
+    index: int
+    plan: planner.PrecisionPlan
+    estimate: cost.Estimate
+    speedup: float
+    sensitivities: Mapping[str, float] | None
+    analysed: bool
+    analysis_wall_s: float = 0.0
+
+
+class _AccountedOptimizer(clip.PrivateOptimizer):
+    """The clipping optimizer that tells its engine of a step before the step's noise is drawn."""
+
+    before_noise: Callable[[], torch.Generator]
+
+    def add_noise(self) -> None:
+        self.generator = self.before_noise()
+        super().add_noise()
+
+
+class DPQuantEngine:
+    """Trains privately with a changing subset of layers quantized, as far as a target speedup asks.
+
+    Args:
+        hardware: name or path of a hardware profile, or a profile.
+        target_speedup: modelled speedup over full-precision private training that every epoch must meet; or
+        fraction: share of the quantizable layers to quantize in every epoch.
+        format: number format or preset of the quantized layers.
+        scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
+            epoch) or ``dpquant`` (a draw per epoch that prefers layers the private analysis found insensitive).
+        beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity).
+        analysis: the sensitivity analysis of the ``dpquant`` scheduler.
+        basis: ``peak`` or ``calibrated`` hardware model; default: calibrated where the profile has a calibration.
+        accountant: ``prv`` or ``rdp``.
+        accumulate: ``float32``, or ``hardware``: the accumulation of the profile's own matrix units.
+        seed: root of every random stream: equal seeds give equal runs. It must stay secret for the guarantee to hold
+            against whoever knows it. None: secret, from the operating system.
+        root: the root itself, where a run is continued; instead of ``seed``.
+
+    Raises:
+        InputError: an argument is out of range, or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        hardware: str | HardwareProfile = "b200",
+        target_speedup: float | None = None,
+        fraction: float | None = None,
+        format: str = "luq_fp4",
+        scheduler: str = "dpquant",
+        beta: float = 10.0,
+        analysis: sensitivity.AnalysisSettings | None = None,
+        basis: str | None = None,
+        accountant: str = "prv",
+        accumulate: str = "float32",
+        seed: int | None = None,
+        root: int | None = None,
+    ) -> None:
+        if scheduler not in schedule.SCHEDULERS:
+            raise InputError(f"unknown scheduler={scheduler!r}", hint=suggestion(scheduler, schedule.SCHEDULERS))
+        if scheduler != "full" and (target_speedup is None) == (fraction is None):
+            raise InputError("give one of target_speedup and fraction", hint="target_speedup=1.5, or fraction=0.9")
+        if target_speedup is not None and not (math.isfinite(target_speedup) and target_speedup >= 1):
+            raise InputError(f"target_speedup={target_speedup} must be at least 1")
+        if fraction is not None and not 0 <= fraction <= 1:
+            raise InputError(f"fraction={fraction} must be between 0 and 1")
+        self.profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
+        self.basis = basis or ("calibrated" if self.profile.calibration is not None else "peak")
+        self.format, self.scheduler, self.beta = format, scheduler, beta
+        self.target_speedup, self.fraction = target_speedup, fraction
+        self.analysis = analysis or sensitivity.AnalysisSettings()
+        self.accountant, self.accumulate = accountant, accumulate
+        self._root = root if root is not None else fresh_root() if seed is None else stream_seed(seed, "root")
+        self.ledger = privacy.PrivacyLedger()
+        self._append: Callable[[privacy.PrivacyEvent], object] = lambda event: None
+        self._written_ahead: dict[str, int] = {}
+        self.step = self.epoch = 0
+        self.sensitivities: dict[str, float] | None = None
+
+    # --- before training
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: nn.Module,
+        data_loader: DataLoader[Any],
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        target_epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        sample_rate: float | None = None,
+        expected_batch_size: int | None = None,
+        clipping: str = "bookkeeping",
+        max_physical_batch_size: int | None = None,
+    ) -> tuple[nn.Module, clip.PrivateOptimizer, Callable[..., Tensor], DataLoader[Any]]:
+        """Prepares a private run: refuses what cannot be reached, solves for the noise, wraps the loop's four parts.
+
+        Args:
+            module: the model; its Linear and Conv layers are replaced in place by quantized ones (same parameters).
+            optimizer: any torch optimizer over the module's parameters.
+            criterion: a loss with a ``reduction`` attribute; the one returned is to be used in the loop.
+            data_loader: the training data; its batches are replaced by Poisson samples.
+            target_delta: delta of the guarantee, below 1 / number of examples.
+            epochs: number of epochs the budget is planned for.
+            max_grad_norm: norm that each example's gradient is clipped to.
+            target_epsilon: epsilon that training and all analyses together may spend; or
+            noise_multiplier: standard deviation of the noise over ``max_grad_norm`` (0: no privacy, for tests).
+            sample_rate: public probability of an example in a batch; default: batch size over number of examples.
+            expected_batch_size: public divisor of the noisy sum; default: the loader's batch size.
+            clipping: ``bookkeeping`` (one backward, exact) or ``hooks`` (per-example gradients materialised, slow).
+            max_physical_batch_size: process larger batches in parts of at most this size.
+
+        Returns:
+            (module, optimizer, criterion, loader) for an ordinary loop inside ``for epoch in engine.epochs()``.
+
+        Raises:
+            InputError: the target speedup or epsilon cannot be reached, the module has a layer that mixes examples, or
+                an argument is out of range. Nothing has been spent.
+        """
+        self._plan_privacy(data_loader, sample_rate, expected_batch_size, epochs, target_delta)
+        self._plan_hardware(module, data_loader, clipping)
+        self._plan_noise(target_epsilon, noise_multiplier)
+        private = clip.private_module(layers.quantize_model(module, **self._accumulation()), clipping=clipping)
+        self._module, self._layers = module, layers.quantizable_layers(module)
+        self._criterion = clip.private_criterion(criterion)
+        self._optimizer = _AccountedOptimizer(
+            optimizer,
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=self.expected_batch_size,
+            module=private,
+        )
+        self._optimizer.before_noise = self._before_noise
+        self._examples = len(data_loader.dataset)  # type: ignore[arg-type]
+        self._plan: Mapping[str, str] = {}
+        sampler = PoissonSampler(
+            size=self._examples,
+            sample_rate=self.sample_rate,
+            root=self._root,
+            steps=lambda: range(self.step, (self.epoch + 1) * self.steps_per_epoch),
+            inside=lambda inside: self._quantize(self._plan if inside else {}),
+        )
+        self._loader = private_loader(
+            data_loader,
+            sampler,
+            on_batch=self._key_rounding,
+            optimizer=self._optimizer,
+            max_physical_batch_size=max_physical_batch_size,
+        )
+        return private, self._optimizer, self._criterion, self._loader
+
+    def _plan_privacy(
+        self,
+        loader: DataLoader[Any],
+        sample_rate: float | None,
+        expected_batch_size: int | None,
+        epochs: int,
+        target_delta: float,
+    ) -> None:
+        """Fixes the public numbers: sample rate, divisor, steps, delta."""
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        batch_size = expected_batch_size or loader.batch_size
+        if batch_size is None:
+            raise InputError("the loader has no batch_size", hint="give expected_batch_size and sample_rate")
+        if sample_rate is None:
+            if batch_size > size:
+                raise InputError(
+                    f"batch_size={batch_size} is larger than the data ({size} examples)", hint=f"at most {size}"
+                )
+            sample_rate = batch_size / size
+            _log.warning(
+                "sample_rate=%.6g from the number of examples (%d), which thereby becomes public; "
+                "give sample_rate to keep it private",
+                sample_rate,
+                size,
+            )
+        if not 0 < sample_rate <= 1:
+            raise InputError(f"sample_rate={sample_rate} must be above 0 and at most 1")
+        if isinstance(epochs, bool) or epochs < 1:
+            raise InputError(f"epochs={epochs} must be at least 1")
+        self.sample_rate, self.expected_batch_size, self.epochs_planned = sample_rate, batch_size, epochs
+        self.steps_per_epoch = max(1, round(1 / sample_rate))
+        self.delta = target_delta
+        self.dataset_size = round(expected_batch_size / sample_rate) if expected_batch_size else size
+        self.analyses_planned = sum(self._due(epoch) for epoch in range(epochs))
+
+    def _plan_hardware(self, module: nn.Module, loader: DataLoader[Any], clipping: str) -> None:
+        """Models the workload and refuses a target that no plan can meet."""
+        example = loader.dataset[0][0]
+        self.workload: Workload = trace(module, example.unsqueeze(0), self.expected_batch_size)
+        self._cost: dict[str, Any] = {"method": "dp-sgd", "clipping": clipping}
+        self.reach = self.reach_on(self.basis)
+        target = self.target_speedup
+        if target is not None and self.scheduler != "full" and target > self.reach.max_speedup:
+            raise InputError(
+                f"target speedup {target}x is out of reach on {self.profile.name} with {self.format}: "
+                f"at most {self.reach.max_speedup:.2f}x",
+                hint=f"lower the target, or compare chips and formats with `dpquant estimate` ({self.basis} basis)",
+            )
+
+    def reach_on(self, basis: str) -> planner.Reach:
+        """The most that quantizing any set of layers can reach, on one basis."""
+        seconds = self._analysis_s_per_step(basis)
+        return planner.reach(
+            self.workload, self.profile, self.format, analysis_s_per_step=seconds, basis=basis, **self._cost
+        )
+
+    def _analysis_s_per_step(self, basis: str) -> float:
+        """Modelled seconds of the planned analyses, spread over all steps."""
+        if not self._due(0):
+            return 0.0
+        policies, expected = len(self.workload.quantizable), self.analysis.expected_batch_size
+        seconds = planner.analysis_seconds(self.workload, self.profile, policies, expected, basis=basis)
+        return seconds * self.analyses_planned / (self.epochs_planned * self.steps_per_epoch)
+
+    def _plan_noise(self, target_epsilon: float | None, noise_multiplier: float | None) -> None:
+        """Solves for the noise of training with every planned analysis composed in."""
+        if (target_epsilon is None) == (noise_multiplier is None):
+            raise InputError("give one of target_epsilon and noise_multiplier")
+        self.target_epsilon = target_epsilon
+        steps = self.epochs_planned * self.steps_per_epoch
+        planned = self.analysis_event(self.analyses_planned) if self.analyses_planned else None
+        if noise_multiplier is None:
+            assert target_epsilon is not None
+            noise_multiplier = privacy.calibrate_noise(
+                target_epsilon=target_epsilon,
+                target_delta=self.delta,
+                sample_rate=self.sample_rate,
+                steps=steps,
+                analyses=[planned] if planned else [],
+                accountant=self.accountant,
+            )
+        self.noise_multiplier = noise_multiplier
+        training = self._training_event(steps)
+        events = (training, planned) if planned else (training,)
+        self.plan_ledger = privacy.PrivacyLedger(events=events)
+
+    # --- while training
+
+    def epochs(self) -> Iterator[Epoch]:
+        """The epochs that are left: each analyses if one is due, draws its layers, and turns quantization on.
+
+        Quantization is on while the loader is iterated and off between: evaluate inside the loop, in full precision.
+        """
+        while self.epoch < self.epochs_planned:
+            started = time.perf_counter()
+            analysed = self._due(self.epoch)
+            if analysed:
+                self.sensitivities = self._analyse()
+            self._plan = plan = self._draw()
+            yield Epoch(
+                index=self.epoch,
+                plan=plan,
+                estimate=self.estimate(plan),
+                speedup=self.speedup(plan),
+                sensitivities=self.sensitivities,
+                analysed=analysed,
+                analysis_wall_s=time.perf_counter() - started if analysed else 0.0,
+            )
+            self.epoch += 1
+            self.step = self.epoch * self.steps_per_epoch
+
+    def estimate(self, plan: Mapping[str, str], basis: str | None = None) -> cost.Estimate:
+        """Modelled time, energy and memory of one step under ``plan``, analyses not included."""
+        return cost.estimate(self.workload, plan, self.profile, basis=basis or self.basis, **self._cost)
+
+    def speedup(self, plan: Mapping[str, str], basis: str | None = None) -> float:
+        """Modelled speedup of ``plan`` over full precision, the analyses' time spread over all steps."""
+        basis = basis or self.basis
+        planned_s = self.estimate(plan, basis).step_s + self._analysis_s_per_step(basis)
+        return self.estimate({}, basis).step_s / planned_s
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Epsilon of everything spent so far, analyses included, at ``delta`` (default: the target's)."""
+        return privacy.epsilon(self.ledger, self.delta if delta is None else delta, self.accountant)
+
+    def _draw(self) -> planner.PrecisionPlan:
+        names = self.workload.quantizable
+        order = schedule.draw_order(
+            self.scheduler,
+            names,
+            sensitivities=self.sensitivities,
+            beta=self.beta,
+            epoch=self.epoch,
+            seed=stream_seed(self._root, "schedule"),
+        )
+        if self.scheduler == "full":
+            return planner.fraction((), self.format, 0.0)
+        if self.fraction is not None:
+            return planner.fraction(order, self.format, self.fraction)
+        assert self.target_speedup is not None
+        return planner.fill(
+            self.workload,
+            self.profile,
+            order,
+            self.format,
+            self.target_speedup,
+            analysis_s_per_step=self._analysis_s_per_step(self.basis),
+            basis=self.basis,
+            **self._cost,
+        )
+
+    # --- stopping and going on
+
+    def state(self, epochs_done: int) -> dict[str, Any]:
+        """What a checkpoint needs after ``epochs_done`` epochs, as plain data. It holds the secret root seed."""
+        return {
+            "root": self._root,
+            "epoch": epochs_done,
+            "sensitivities": self.sensitivities,
+            "ledger": self.ledger.to_json_lines(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Sets the engine to what :meth:`state` gave."""
+        self._root, self.epoch = state["root"], state["epoch"]
+        self.step = self.epoch * self.steps_per_epoch
+        self.sensitivities = state["sensitivities"]
+        self.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
+
+    def write_ahead(self, written: privacy.PrivacyLedger, append: Callable[[privacy.PrivacyEvent], object]) -> None:
+        """Has every event durably recorded by ``append`` before its noise is drawn.
+
+        Args:
+            written: what the record holds already. Where it is ahead of the engine, a run was stopped between; the same
+                steps are taken again with the same bits, and so are not counted twice. That needs arithmetic that
+                repeats to the bit: elsewhere than on the CPU repeated steps are counted again.
+            append: puts one event on record.
+        """
+        self._append = append
+        if next(self._module.parameters()).device.type != "cpu":
+            self.ledger = written
+            return
+        ahead = {m: written.steps(m) - self.ledger.steps(m) for m in ("training", "analysis")}
+        if min(ahead.values()) < 0:
+            raise InputError(
+                "the ledger holds less than the checkpoint says was spent", hint="do they belong together?"
+            )
+        self._written_ahead = ahead
+
+    # --- details
+
+    def _due(self, epoch: int) -> bool:
+        return self.scheduler == "dpquant" and epoch % self.analysis.interval == 0
+
+    def _training_event(self, steps: int) -> privacy.PrivacyEvent:
+        return privacy.PrivacyEvent(
+            mechanism="training",
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=steps,
+        )
+
+    def analysis_event(self, times: int) -> privacy.PrivacyEvent:
+        """What ``times`` analyses spend."""
+        return self.analysis.event(self.dataset_size, times)
+
+    def _spend(self, event: privacy.PrivacyEvent) -> None:
+        """Puts ``event`` into the ledger, before any of its noise exists."""
+        if self._written_ahead.get(event.mechanism, 0) > 0:
+            self._written_ahead[event.mechanism] -= 1
+        else:
+            self._append(event)
+        self.ledger = self.ledger.record(event)
+
+    def _before_noise(self) -> torch.Generator:
+        if self.step >= self.epochs_planned * self.steps_per_epoch:
+            raise RuntimeError(f"all {self.step} planned steps are taken: a further one would exceed the budget")
+        self._spend(self._training_event(1))
+        generator = stream(self._root, "noise", self.step, device=next(self._module.parameters()).device)
+        self.step += 1
+        return generator
+
+    def _quantize(self, plan: Mapping[str, str]) -> None:
+        layers.set_plan(self._module, plan)
+
+    def _key_rounding(self, example_ids: Tensor) -> None:
+        layers.set_rounding(
+            self._module, seed=stream_seed(self._root, "rounding"), step=self.step, example_ids=example_ids
+        )
+
+    def _analyse(self) -> dict[str, float]:
+        """One private analysis of every single-layer policy, smoothed over the earlier ones."""
+        event = self.analysis_event(1)
+        sampling = stream(self._root, "analysis-sampling", self.epoch)
+        chosen = poisson_draw(self._examples, event.sample_rate, sampling)
+        policies = sensitivity.single_layer_policies(self.workload.quantizable, self.format)
+        differences = [torch.zeros(0, len(policies), dtype=torch.float64)]
+        for part in chosen.split(self.analysis.expected_batch_size):
+            if len(part):
+                batch = self._loader.collate_fn(self._loader.dataset.__getitems__(part.tolist()))  # type: ignore[attr-defined]
+                differences.append(sensitivity.loss_differences(self._module, self._losses, batch, policies))
+        self._spend(event)
+        released = sensitivity.release(
+            torch.cat(differences),
+            max_norm=self.analysis.max_norm,
+            noise_multiplier=self.analysis.noise_multiplier,
+            expected_batch_size=self.analysis.expected_batch_size,
+            generator=stream(self._root, "analysis-noise", self.epoch),
+        )
+        now = dict(zip(self.workload.quantizable, released.tolist(), strict=True))
+        return sensitivity.smooth(self.sensitivities, now, self.analysis.decay)
+
+    def _losses(self, module: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return self._criterion.per_example(module(inputs), targets)

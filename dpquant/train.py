@@ -1,0 +1,299 @@
+"""A run from a configuration, top to bottom: prepared, trained epoch by epoch, written down as it goes.
+
+``prepare`` does everything that can be refused and spends nothing; ``train`` yields a record per epoch and prints
+nothing. A run that was stopped goes on from its last epoch with the same random streams, so on a CPU it ends with the
+same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpquant import ledger_file, models, privacy
+from dpquant.config import RunConfig
+from dpquant.data import DataSettings, Splits, load_data
+from dpquant.engine import DPQuantEngine, Epoch
+from dpquant.rundir import EpochRecord, RunFacts, RunFolder
+from dpquant.sensitivity import AnalysisSettings
+from dpquant.streams import fresh_root, stream_seed
+from emulation.errors import InputError
+from hwmodels import cost
+
+_EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run that is ready to start: nothing has been spent or written."""
+
+    config: RunConfig
+    facts: RunFacts
+    engine: DPQuantEngine
+    splits: Splits
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    parts: tuple[Any, ...]
+
+
+def prepare(config: RunConfig, *, root: int | None = None) -> Training:
+    """Everything before the first step: data, model, workload, hardware, reachability, noise.
+
+    Args:
+        config: what to run.
+        root: the root seed of a run that is resumed; None derives it from the configuration's seed, or draws one.
+
+    Raises:
+        InputError: whatever cannot be used or reached, with the configuration's line where there is one.
+    """
+    settings, schedule, budget = config["training"], config["schedule"], config["privacy"]
+    splits = load_data(DataSettings(**config["data"]))
+    size = len(splits.train)
+    if settings["batch_size"] > size:
+        message = f"batch_size={settings['batch_size']} is larger than the data ({size} training examples)"
+        raise config.error(("training", "batch_size"), message, hint=f"at most {size}")
+    declared = settings["dataset_size"] or size
+    if not budget["target_delta"] < 1 / declared:
+        message = f"target_delta={budget['target_delta']} is not below 1/{declared}, one over the number of examples"
+        raise config.error(("privacy", "target_delta"), message, hint=f"{0.1 / declared:.0e}, say")
+    if root is None:
+        root = fresh_root() if config["seed"] is None else stream_seed(config["seed"], "root")
+    model = _model(config, splits, root)
+    engine = DPQuantEngine(
+        hardware=config["hardware"]["profile"],
+        basis=config["hardware"]["basis"],
+        target_speedup=schedule["target_speedup"],
+        fraction=schedule["fraction"],
+        format=config["format"],
+        scheduler=schedule["scheduler"],
+        beta=schedule["beta"],
+        analysis=AnalysisSettings(**config["analysis"]),
+        accountant=budget["accountant"],
+        accumulate=settings["accumulate"],
+        root=root,
+    )
+    optimizer = _optimizer(config, model)
+    parts = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(splits.train, batch_size=settings["batch_size"]),
+        target_epsilon=budget["target_epsilon"],
+        noise_multiplier=budget["noise_multiplier"],
+        target_delta=budget["target_delta"],
+        epochs=settings["epochs"],
+        max_grad_norm=settings["max_grad_norm"],
+        sample_rate=min(1.0, settings["batch_size"] / declared),
+        expected_batch_size=settings["batch_size"],
+        clipping=settings["clipping"],
+        max_physical_batch_size=settings["max_physical_batch_size"],
+    )
+    return Training(
+        config=config,
+        facts=_facts(config, engine, model),
+        engine=engine,
+        splits=splits,
+        model=model,
+        optimizer=optimizer,
+        parts=parts,
+    )
+
+
+def train(training: Training, folder: RunFolder) -> Iterator[EpochRecord]:
+    """Trains the epochs that are left, each on disk before it is yielded.
+
+    Args:
+        training: what :func:`prepare` gave.
+        folder: a new run folder, or one to resume: then the run goes on after its last complete epoch.
+
+    Raises:
+        InputError: a checkpoint or ledger that is damaged or of another run.
+    """
+    engine = training.engine
+    _restore(training, folder)
+    module, optimizer, criterion, loader = training.parts
+    for epoch in engine.epochs():
+        started = time.perf_counter()
+        totals = _Totals()
+        nonfinite = optimizer.nonfinite_examples
+        module.train()
+        for images, labels in loader:
+            optimizer.zero_grad()
+            outputs = module(images)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            totals.add(outputs, labels, loss)
+        loss_value, accuracy = evaluate(module, training.splits.test)
+        record = EpochRecord(
+            **_modelled(engine, epoch),
+            steps=engine.steps_per_epoch,
+            noise_multiplier=engine.noise_multiplier,
+            epsilon=engine.epsilon(),
+            epsilon_analysis=privacy.epsilon(engine.ledger.only("analysis"), engine.delta, engine.accountant),
+            train_loss=totals.mean_loss,
+            train_accuracy=totals.accuracy,
+            test_loss=loss_value,
+            test_accuracy=accuracy,
+            examples=totals.examples,
+            nonfinite_examples=optimizer.nonfinite_examples - nonfinite,
+            wall_s=time.perf_counter() - started,
+            analysis_wall_s=epoch.analysis_wall_s,
+        )
+        folder.append(record)
+        _save(training, folder, epoch.index + 1)
+        yield record
+
+
+def evaluate(module: nn.Module, data: TensorDataset) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in [0, 1] of the full-precision weights on ``data``."""
+    module.eval()
+    images, labels = data.tensors
+    loss = correct = 0.0
+    with torch.no_grad():
+        for x, y in zip(images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True):
+            outputs = module(x)
+            loss += F.cross_entropy(outputs, y, reduction="sum").item()
+            correct += (outputs.argmax(1) == y).sum().item()
+    return loss / len(labels), correct / len(labels)
+
+
+class _Totals:
+    """Training loss and accuracy of an epoch: diagnostics that the guarantee does not cover."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.correct = self.examples = 0
+
+    def add(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> None:
+        if len(labels):
+            self.loss += loss.item() * len(labels)
+            self.correct += int((outputs.detach().argmax(1) == labels).sum())
+            self.examples += len(labels)
+
+    @property
+    def mean_loss(self) -> float | None:
+        return self.loss / self.examples if self.examples else None
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.examples if self.examples else None
+
+
+def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
+    name, options = config["model"]["name"], dict(config["model"]["options"])
+    if name not in models.MODELS:
+        models.build_model(name)  # raises, with the nearest names
+    takes = inspect.signature(models.MODELS[name]).parameters
+    shape = splits.input_shape
+    for key, value in (("num_classes", splits.classes), ("in_channels", shape[0]), ("image_size", shape[-1])):
+        if key in takes:
+            options.setdefault(key, value)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(root, "initialisation"))
+            return models.build_model(name, **options)
+    except InputError as error:
+        raise config.error(("model",), error.message, hint=error.hint) from error
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    settings = config["training"]
+    options = {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}
+    if settings["optimizer"] == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=settings["momentum"], **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]](model.parameters(), **options)
+
+
+def _facts(config: RunConfig, engine: DPQuantEngine, model: nn.Module) -> RunFacts:
+    analysed = engine.analyses_planned > 0
+    event = engine.analysis_event(1) if analysed else None
+    calibrated = engine.profile.calibration is not None
+    notes = []
+    if engine.basis == "peak" and calibrated:
+        notes.append(
+            "planned on published peak rates, the usual kind of theoretical figure; "
+            "the calibrated figure beside it is what the chip would be expected to do"
+        )
+    return RunFacts(
+        name=config["name"],
+        model=config["model"]["name"],
+        dataset=config["data"]["name"],
+        layers=engine.workload.quantizable,
+        hardware=engine.profile.name,
+        format=engine.format,
+        scheduler=engine.scheduler,
+        basis=engine.basis,
+        target_speedup=engine.target_speedup,
+        fraction=engine.fraction,
+        max_speedup=engine.reach.max_speedup,
+        max_speedup_calibrated=engine.reach_on("calibrated").max_speedup if calibrated else None,
+        epochs=engine.epochs_planned,
+        steps=engine.epochs_planned * engine.steps_per_epoch,
+        expected_batch_size=engine.expected_batch_size,
+        sample_rate=engine.sample_rate,
+        noise_multiplier=engine.noise_multiplier,
+        max_grad_norm=config["training"]["max_grad_norm"],
+        target_epsilon=engine.target_epsilon,
+        delta=engine.delta,
+        accountant=engine.accountant,
+        analyses=engine.analyses_planned,
+        analysis_noise_multiplier=event.noise_multiplier if event else None,
+        analysis_sample_rate=event.sample_rate if event else None,
+        seed=config["seed"],
+        parameters=sum(p.numel() for p in model.parameters()),
+        notes=tuple(notes),
+    )
+
+
+def _modelled(engine: DPQuantEngine, epoch: Epoch) -> dict[str, Any]:
+    """What the hardware model says of an epoch."""
+    full: cost.Estimate = engine.estimate({})
+    calibrated = None
+    if engine.basis == "peak" and engine.profile.calibration is not None:
+        calibrated = engine.speedup(epoch.plan, basis="calibrated")
+    return {
+        "epoch": epoch.index + 1,
+        "quantized": dict(epoch.plan),
+        "step_s": epoch.estimate.step_s,
+        "baseline_step_s": full.step_s,
+        "speedup": epoch.speedup,
+        "speedup_calibrated": calibrated,
+        "energy_joules": epoch.estimate.energy_joules,
+        "baseline_energy_joules": full.energy_joules,
+        "sensitivities": dict(epoch.sensitivities) if epoch.sensitivities is not None else None,
+    }
+
+
+def _restore(training: Training, folder: RunFolder) -> None:
+    """Sets the run to where its folder says it stopped, and makes its ledger write-ahead from here on."""
+    engine = training.engine
+    state = folder.load_checkpoint()
+    if state is not None:
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        engine.load_state(state["engine"])
+    folder.keep_records(engine.epoch)
+    if not folder.ledger_path.exists():
+        ledger_file.create_ledger(folder.ledger_path, folder.run_id)
+    written = ledger_file.read_ledger(folder.ledger_path, folder.run_id)
+    engine.write_ahead(written, lambda event: ledger_file.append_event(folder.ledger_path, event))
+    if state is None:
+        _save(training, folder, 0)
+
+
+def _save(training: Training, folder: RunFolder, epochs_done: int) -> None:
+    state = {
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "engine": training.engine.state(epochs_done),
+    }
+    folder.save_checkpoint(state)
