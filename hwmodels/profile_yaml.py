@@ -1,0 +1,305 @@
+"""What a hardware profile's YAML may hold: the one table of its fields, where files are found, how ``extends`` merges.
+
+The fields below are checked on every load, printed as JSON Schema for editors (``python -m hwmodels.profile_yaml``
+writes ``hwmodels/hardware.schema.json``) and explained in ``docs/hardware.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from emulation.errors import InputError, suggestion
+from emulation.formats import FORMATS
+from hwmodels.fields import Anything, Fields, Flag, Items, Number, OneOf, Table, Text, json_schema, problems
+from hwmodels.profile_lints import LINTS, lints
+from hwmodels.strict_yaml import Document, KeyPath, read_yaml
+
+STATUSES = ("measured", "fitted", "published", "derived", "assumed")
+MATRIX_UNITS = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "cdna3")
+SCHEMA_FILE = Path(__file__).with_name("hardware.schema.json")
+EXTENDS_LIMIT = 8
+
+_RATE_HINT = "FLOP/s, dense, one multiply-add = 2: 989.4 TFLOPS is 989.4e12"
+
+
+def _sourced(
+    doc: str, minimum: float, maximum: float, hint: str, *, integer: bool = False, required: bool = True
+) -> Fields:
+    value = Number(doc=doc, minimum=minimum, maximum=maximum, hint=hint, integer=integer)
+    status = Text(doc="how the number came about", choices=STATUSES)
+    tag = Text(doc="a tag of the table `sources`")
+    source = OneOf(doc="where it stands: one tag of `sources`, or several", options=(tag, Items(item=tag, minimum=1)))
+    note = Text(doc="what a reader of the number has to know", required=False)
+    return Fields(
+        doc=doc, required=required, entries={"value": value, "status": status, "source": source, "note": note}
+    )
+
+
+_FORMAT = Text(doc="a canonical format name", choices=tuple(FORMATS))
+_NOTE = Text(doc="what a reader of the entry has to know", required=False)
+_OWN_RATE = Fields(
+    doc="the chip computes in this format",
+    entries={
+        "native": Flag(
+            doc="whether the chip takes operands of this format as they are (which may still not be faster)"
+        ),
+        "peak_flops_per_s": _sourced("dense peak of the matrix product", 1e9, 1e18, _RATE_HINT),
+        "accumulate": Text(doc="format of the sums", choices=("float32", "float16", "int32"), required=False),
+        "hardware_scale": Fields(
+            doc="block scales that the matrix unit applies by itself; left out: none, scales are applied in software",
+            required=False,
+            entries={"format": _FORMAT, "block": Number(doc="elements that share a scale", integer=True, minimum=1)},
+        ),
+        "layouts": Items(
+            doc="operand layouts the unit takes (T: contiguous along K for A, N: for B); left out: any",
+            required=False,
+            item=Text(choices=("TN", "NT", "NN", "TT")),
+            minimum=1,
+        ),
+        "note": _NOTE,
+    },
+)
+_TIMED_AS = Fields(
+    doc="not in hardware; stored in this format and timed as another one of the same width",
+    entries={"timed_as": _FORMAT, "note": _NOTE},
+)
+_FALLS_BACK = Fields(
+    doc="not in hardware; operands are converted to another format and multiplied there",
+    entries={"falls_back_to": _FORMAT, "note": _NOTE},
+)
+
+_BYTES_HINT = "bytes: 80 GB is 80e9, 50 MiB is 52428800"
+PROFILE = Fields(
+    doc="A hardware profile: one accelerator as one process sees it, every number with its source.",
+    entries={
+        "extends": Text(
+            doc="another profile (name, or a .yaml file beside this one) that this one varies", required=False
+        ),
+        "title": Text(doc="what the chip is called, with form factor and memory size"),
+        "vendor": Text(doc="who makes it"),
+        "family": Text(doc="architecture: chips of one family share a calibration", pattern=r"[a-z0-9_]+"),
+        "year": Number(doc="year of first shipment", integer=True, minimum=1990, maximum=2100),
+        "note": Text(doc="what a reader of the profile has to know", required=False),
+        "sources": Table(
+            doc="tag -> document that the numbers are from",
+            minimum=1,
+            value=Fields(
+                entries={"title": Text(doc="what the document is"), "url": Text(doc="where it is", required=False)}
+            ),
+        ),
+        "matrix_unit": Text(
+            doc="the unit of the emulator with this chip's arithmetic; left out: not publicly known",
+            choices=MATRIX_UNITS,
+            required=False,
+        ),
+        "units": _sourced(
+            "cores that a GEMM is spread over (SM, CU, MXU, MME)", 1, 100_000, "a count of cores", integer=True
+        ),
+        "memory": Fields(
+            doc="the device memory",
+            entries={
+                "capacity_bytes": _sourced("usable capacity", 1e9, 1e13, _BYTES_HINT),
+                "bandwidth_bytes_per_s": _sourced(
+                    "peak bandwidth", 1e10, 1e14, "bytes per second: 3.35 TB/s is 3.35e12"
+                ),
+            },
+        ),
+        "cache_bytes": _sourced("last on-chip level that all units share", 1e5, 1e11, _BYTES_HINT, required=False),
+        "launch_s": _sourced("least time of one kernel", 1e-8, 1e-2, "seconds: 3 microseconds is 3e-6"),
+        "power": Fields(
+            doc="board power; left out where nobody has published it",
+            required=False,
+            entries={
+                "limit_w": _sourced("power limit", 1, 20_000, "watts"),
+                "idle_w": _sourced("power when idle", 0.1, 5_000, "watts"),
+            },
+        ),
+        "vector_flops_per_s": _sourced("float32 peak outside the matrix unit", 1e9, 1e17, _RATE_HINT),
+        "formats": Table(
+            doc="canonical format name -> its rate, or what it is timed as, or what it falls back to",
+            minimum=1,
+            keys=tuple(FORMATS),
+            value=OneOf(options=(_OWN_RATE, _TIMED_AS, _FALLS_BACK)),
+        ),
+        "calibration": Anything(
+            doc="fitted parameters of the GEMM and energy models, or {from: NAME} to take another chip's",
+            required=False,
+        ),
+        "accepted": Table(
+            doc="lint -> why what it finds is true of this chip",
+            required=False,
+            keys=LINTS,
+            value=Text(doc="the reason"),
+        ),
+    },
+)
+# A variant says only what differs: nothing but `extends` is needed in it, as everything else comes from its base.
+VARIANT = replace(PROFILE, entries={name: replace(entry, required=False) for name, entry in PROFILE.entries.items()})
+
+
+def shipped_dir() -> Path:
+    """The folder of the profiles that come with the package: inside it when installed, beside it in a checkout."""
+    here = Path(__file__).parent
+    return next(folder for root in (here, here.parent) if (folder := root / "configs" / "hardware").is_dir())
+
+
+def profile_files(hardware_dir: str | Path | None = None) -> dict[str, Path]:
+    """Profile name -> file, sorted; a file in ``hardware_dir`` stands before a shipped one of the same name."""
+    folders = [shipped_dir()]
+    if hardware_dir is not None:
+        folders.append(Path(hardware_dir))
+        if not folders[1].is_dir():
+            raise InputError(f"hardware_dir={str(hardware_dir)!r} is not a folder")
+    files = {_key(file.stem): file for folder in folders for file in sorted(folder.glob("*.y*ml"))}
+    return dict(sorted((file.stem, file) for file in files.values()))
+
+
+def find_profile(
+    name_or_path: str | Path, hardware_dir: str | Path | None = None, *, beside: Sequence[Path] = ()
+) -> Path:
+    """The file of a profile, by name (``h100``; case, ``-`` and ``_`` do not matter) or by path (``./my.yaml``).
+
+    Args:
+        name_or_path: a name, or what ends in .yaml or holds a slash.
+        hardware_dir: a folder of one's own profiles, which stand before the shipped ones.
+        beside: files that refer to the name: a relative path is relative to the last one, and a name means none of
+            them, so that one's own ``h100.yaml`` may extend the shipped ``h100``.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
+        return beside[-1].parent / name_or_path if beside else Path(name_or_path)
+    known: dict[str, Path] = {}
+    for folder in (hardware_dir, None):
+        known = profile_files(folder)
+        for name, file in known.items():
+            if _key(name) == _key(text) and file.resolve() not in [other.resolve() for other in beside]:
+                return file
+    raise InputError(f"unknown hardware {text!r}", hint=suggestion(text, known | profile_files(hardware_dir)))
+
+
+def _key(name: str) -> str:
+    return "".join(character for character in name.lower() if character not in "-_ ")
+
+
+def read_profile(name_or_path: str | Path, hardware_dir: str | Path | None = None) -> tuple[Document, list[InputError]]:
+    """A profile's document with its ``extends`` merged in, and every problem that was found in it and in its bases."""
+    return _read(find_profile(name_or_path, hardware_dir), hardware_dir, ())
+
+
+def _read(file: Path, hardware_dir: str | Path | None, above: tuple[Path, ...]) -> tuple[Document, list[InputError]]:
+    document = read_yaml(file)
+    variant = isinstance(document.data, dict) and "extends" in document.data
+    found = problems(document, VARIANT if variant else PROFILE)
+    if not variant or found:
+        return document, found or _cross_checks(document)
+    above = (*above, file)
+    try:
+        if len(above) > EXTENDS_LIMIT:
+            raise InputError(f"more than {EXTENDS_LIMIT} files, one extending the other")
+        base_file = find_profile(document.data["extends"], hardware_dir, beside=above)
+        base, found = _read(base_file, hardware_dir, above)
+    except InputError as error:
+        raise document.error(("extends",), f"extends: {error}", hint=error.hint) from None
+    if found:
+        return document, found
+    merged = merge(base, document, base_name=base_file.stem)
+    return merged, problems(merged, PROFILE) or _cross_checks(merged)
+
+
+def merge(base: Document, child: Document, *, base_name: str) -> Document:
+    """``child`` over ``base``: its top-level keys stand, except that ``formats`` and ``sources`` merge name by name.
+
+    A calibration belongs to the chip that it was fitted on: a variant without one takes its base's, and says so.
+    """
+    data, lines, files = dict(base.data), dict(base.lines), dict(base.files)
+    files |= {path: base.file for path in lines if path not in files}
+
+    def put(path: KeyPath, target: dict[str, Any], value: Any) -> None:
+        for stale in [known for known in lines if known[: len(path)] == path]:
+            del lines[stale], files[stale]
+        target[str(path[-1])] = value
+        for known, line in child.lines.items():
+            if known[: len(path)] == path:
+                lines[known], files[known] = line, child.file
+
+    if "calibration" in data and "calibration" not in child.data:
+        inherited = data["calibration"]
+        if not (isinstance(inherited, dict) and "from" in inherited):
+            data["calibration"] = {"from": base_name}
+    data.pop("accepted", None)
+    for name, value in child.data.items():
+        if name in ("formats", "sources") and isinstance(data.get(name), dict):
+            data[name] = dict(data[name])
+            for key, entry in value.items():
+                put((name, key), data[name], entry)
+        elif name != "extends":
+            put((name,), data, value)
+    data.pop("extends", None)
+    lines[()], files[()] = 1, child.file
+    return Document(file=child.file, data=data, lines=lines, files=files)
+
+
+def _cross_checks(document: Document) -> list[InputError]:
+    return [*_unknown_tags(document), *_dangling_formats(document), *lints(document)]
+
+
+def _unknown_tags(document: Document) -> list[InputError]:
+    found: list[InputError] = []
+
+    def walk(value: Any, path: KeyPath) -> None:
+        if not isinstance(value, dict):
+            return
+        if "source" in value and "status" in value:
+            tags = value["source"] if isinstance(value["source"], list) else [value["source"]]
+            for tag in tags:
+                if tag not in document.data["sources"]:
+                    hint = suggestion(tag, document.data["sources"])
+                    found.append(document.error((*path, "source"), f"source {tag!r} is not in `sources`", hint=hint))
+        for key, item in value.items():
+            if key != "calibration":
+                walk(item, (*path, key))
+
+    walk(document.data, ())
+    return found
+
+
+def _dangling_formats(document: Document) -> list[InputError]:
+    formats: dict[str, Any] = document.data["formats"]
+    found = []
+    for name, entry in formats.items():
+        for key in ("timed_as", "falls_back_to"):
+            target = entry.get(key)
+            if target is not None and "peak_flops_per_s" not in formats.get(target, {}):
+                message = f"formats.{name}.{key}={target!r} has no rate of its own in this profile"
+                own = [other for other, rate in formats.items() if "peak_flops_per_s" in rate]
+                found.append(document.error(("formats", name, key), message, hint=suggestion(target, own)))
+    return found
+
+
+def family_of(document: Document) -> dict[str, Mapping[str, Any]]:
+    """The other shipped chips of the same family, name -> data: what a suspicious rate is compared with."""
+    found = {}
+    for name, file in profile_files().items():
+        data = read_yaml(file).data
+        same = file.resolve() == Path(document.file).resolve()
+        if not same and "extends" not in data and data["family"] == document.data["family"]:
+            found[name] = data
+    return found
+
+
+def hardware_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a profile, from the same table of fields that ``check`` uses."""
+    schema = json_schema(PROFILE)
+    needed = schema.pop("required")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Hardware profile"}
+    return head | schema | {"anyOf": [{"required": ["extends"]}, {"required": needed}]}
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(json.dumps(hardware_schema(), indent=1) + "\n")
+    sys.stdout.write(f"{SCHEMA_FILE}\n")
