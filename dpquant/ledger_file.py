@@ -85,12 +85,9 @@ def _read(path: Path) -> tuple[str, PrivacyLedger]:
     if head.get("format") != _FORMAT or not isinstance(head.get("run"), str):
         raise InputError("is not a privacy ledger", file=path, line=1, hint=_DAMAGED)
     run, events, previous = head["run"], [], _digest(head["run"])
-    if len(lines) != 2 + (head["entries"] if isinstance(head.get("entries"), int) else -1) or lines[-1]:
-        raise InputError(
-            f"is truncated or extended: its first line promises entries={head.get('entries')!r}",
-            file=path,
-            hint=_DAMAGED,
-        )
+    promised = head.get("entries")
+    if not isinstance(promised, int) or len(lines) != promised + 2 or lines[-1]:
+        raise InputError(f"is truncated or extended: it promises entries={promised!r}", file=path, hint=_DAMAGED)
     for number, line in enumerate(lines[1:-1], start=2):
         entry = _parse(line)
         try:

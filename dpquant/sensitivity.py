@@ -52,9 +52,7 @@ class AnalysisSettings:
         if not 0 < self.max_norm < float("inf"):
             raise InputError(f"max_norm={self.max_norm!r} is out of range", hint="a finite number above 0")
         if not 0 <= self.decay < 1:
-            raise InputError(
-                f"decay={self.decay!r} is out of range", hint="at least 0 and below 1; 0 means no averaging"
-            )
+            raise InputError(f"decay={self.decay!r} is out of range", hint="at least 0 and below 1; 0 takes no average")
 
     def sample_rate(self, dataset_size: int) -> float:
         """The probability with which each of ``dataset_size`` examples (a public number) takes part in an analysis.
