@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -126,7 +127,7 @@ class PowerCalibration:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmCalibration:
-    """All that was fitted on one chip: a calibration per measured kernel, and the board's power where it was measured."""
+    """All that was fitted on one chip: a calibration per measured kernel, and the board's power if it was measured."""
 
     kernels: Mapping[str, KernelCalibration]
     power: PowerCalibration | None = None
@@ -268,7 +269,7 @@ def _quantize_from(data: Mapping[str, Any]) -> QuantizeCalibration:
 def _correction_from(name: str, data: Mapping[str, Any]) -> Correction:
     m, n, k = (tuple(math.log2(knot) for knot in data[axis]) for axis in "mnk")
     for axis, knots in zip("mnk", (m, n, k), strict=True):
-        if len(knots) < 2 or any(low >= high for low, high in zip(knots, knots[1:], strict=False)):
+        if len(knots) < 2 or any(low >= high for low, high in pairwise(knots)):
             raise InputError(f"{name}.correction.{axis}: {data[axis]!r} does not rise")
     try:
         values = tuple(int(value) / 100 for row in data["percent"] for value in row.split())

@@ -191,7 +191,7 @@ def _place(x: float, knots: tuple[float, ...]) -> tuple[int, float, float]:
 
 
 def quantize_seconds(elements: int, kernel: KernelCalibration, rates: GemmRates) -> float:
-    """Seconds to turn ``elements`` bfloat16 values into the kernel's operand, scales and all; 0 where none is needed."""
+    """Seconds to turn ``elements`` bfloat16 values into the kernel's operand and its scales; 0 where none is needed."""
     passes = kernel.quantize
     if passes is None:
         return 0.0
