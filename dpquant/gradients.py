@@ -1,0 +1,163 @@
+"""Per-example gradients of one parameter in the form that is cheapest to keep, and what clipping needs from them.
+
+A contribution knows its parameter and can give every example's squared gradient norm and the sum of the gradients, each
+times its factor. The gradients themselves are only formed where that is cheaper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from emulation.gemms import WeightGradient, zero_examples
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DenseGradient:
+    """Materialised per-example gradients.
+
+    Attributes:
+        parameter: whose gradients they are.
+        values: [B, *parameter.shape].
+    """
+
+    parameter: nn.Parameter
+    values: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples."""
+        return self.values.shape[0]
+
+    def squared_norms(self) -> Tensor:
+        """[B]."""
+        norms: Tensor = torch.linalg.vector_norm(self.values.flatten(1), dim=1)
+        return norms.square()
+
+    def per_example(self) -> Tensor:
+        """[B, *parameter.shape]."""
+        return self.values
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """The gradients summed, each times its factor [B]."""
+        return (factors.to(self.values.dtype) @ self.values.flatten(1)).reshape(self.parameter.shape)
+
+    def without(self, dropped: Tensor) -> DenseGradient:
+        """The same with the marked examples' gradients zero."""
+        return replace(self, values=zero_examples(self.values, dropped))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GemmGradient:
+    """The weight gradient of a Linear or convolution layer, kept as the operands of its GEMM."""
+
+    parameter: nn.Parameter
+    operands: WeightGradient
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples."""
+        return self.operands.batch_size
+
+    @property
+    def cheaper_dense(self) -> bool:
+        """Whether materialising takes less memory than the two Gram matrices: numel <= 2 T^2 (Bu et al. 2022)."""
+        return self.operands.weight.numel() <= 2 * self.operands.reduction**2 * self.operands.groups
+
+    def squared_norms(self) -> Tensor:
+        """[B], through the Gram matrices: |X^T G|^2 = sum of (X X^T) * (G G^T) over pairs of positions."""
+        n = self.batch_size
+        if self.operands.reduction == 1 and not self.operands.rows and self.operands.conv is None:
+            x, g = self.operands.x.reshape(n, -1), self.operands.grad_output.reshape(n, -1)
+            norms: Tensor = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(g, dim=1)
+            return norms.square()
+        x, g = self.operands.matrices()
+        product = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
+        return product.reshape(n, -1).sum(1).clamp_min_(0)
+
+    def per_example(self) -> Tensor:
+        """[B, *parameter.shape]."""
+        return self.operands.per_example()
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """The gradients summed, each times its factor [B], which multiplies what was quantized."""
+        return self.operands.weighted_sum(factors.to(self.operands.grad_output.dtype))
+
+    def without(self, dropped: Tensor) -> GemmGradient:
+        """The same with the marked examples' operands zero."""
+        return replace(self, operands=self.operands.without(dropped))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmbeddingGradient:
+    """The gradient of an embedding table, kept as (tokens, output gradient).
+
+    Attributes:
+        parameter: the table, [vocabulary, width].
+        tokens: integers [B, T].
+        grad_output: [B, T, width], zero where the token is the padding token.
+    """
+
+    parameter: nn.Parameter
+    tokens: Tensor
+    grad_output: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples."""
+        return self.tokens.shape[0]
+
+    def squared_norms(self) -> Tensor:
+        """[B]: rows of the same token in the same example are summed before they are squared."""
+        n, t = self.tokens.shape
+        example = torch.arange(n, device=self.tokens.device).repeat_interleave(t)
+        pairs, row = torch.unique(example * self.parameter.shape[0] + self.tokens.flatten(), return_inverse=True)
+        sums = self.grad_output.new_zeros(len(pairs), self.parameter.shape[1])
+        sums.index_add_(0, row, self.grad_output.flatten(0, 1))
+        squares = sums.square().sum(1)
+        return squares.new_zeros(n).index_add_(0, pairs // self.parameter.shape[0], squares)
+
+    def per_example(self) -> Tensor:
+        """[B, vocabulary, width]."""
+        n = self.batch_size
+        out = self.grad_output.new_zeros(n, *self.parameter.shape)
+        index = self.tokens.unsqueeze(-1).expand_as(self.grad_output)
+        return out.scatter_add_(1, index, self.grad_output)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """The gradients summed, each times its factor [B]."""
+        scaled = self.grad_output * factors.to(self.grad_output.dtype).reshape(-1, 1, 1)
+        out = self.grad_output.new_zeros(self.parameter.shape)
+        return out.index_add_(0, self.tokens.flatten(), scaled.flatten(0, 1))
+
+    def without(self, dropped: Tensor) -> EmbeddingGradient:
+        """The same with the marked examples' gradients zero."""
+        return replace(self, grad_output=zero_examples(self.grad_output, dropped))
+
+
+Contribution = DenseGradient | GemmGradient | EmbeddingGradient
+
+
+def combined(contributions: list[Contribution]) -> list[Contribution]:
+    """One contribution per parameter, in its cheapest form.
+
+    A parameter that was used more than once in a forward (a tied weight, a layer called twice) has its examples'
+    gradients materialised and added before any norm is taken: the norm of a sum is not the sum of norms.
+    """
+    by_parameter: dict[nn.Parameter, list[Contribution]] = {}
+    for contribution in contributions:
+        by_parameter.setdefault(contribution.parameter, []).append(contribution)
+    result: list[Contribution] = []
+    for parameter, parts in by_parameter.items():
+        if len(parts) > 1:
+            total = parts[0].per_example()
+            for part in parts[1:]:
+                total = total + part.per_example()
+            result.append(DenseGradient(parameter=parameter, values=total))
+        elif isinstance(parts[0], GemmGradient) and parts[0].cheaper_dense:
+            result.append(DenseGradient(parameter=parameter, values=parts[0].per_example()))
+        else:
+            result.append(parts[0])
+    return result

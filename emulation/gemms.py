@@ -1,0 +1,224 @@
+"""The three GEMMs of a Linear or convolution layer, and the per-example view of the weight gradient.
+
+For a layer y = x W^T + b the names are: ``output`` (x, W), ``grad_input`` (g, W) and ``grad_weight`` (x, g), with g the
+gradient of the loss with respect to y. Convolutions are the same three products after unfolding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvGeometry:
+    """How a convolution walks over its (already padded where asymmetric) input; one entry per spatial dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def positions(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """The output's spatial size for an input of spatial size ``size``."""
+        each = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)
+
+
+def geometry(layer: nn.Module) -> ConvGeometry | None:
+    """The geometry of a convolution layer after :func:`pad_input`; None for a Linear layer."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    return ConvGeometry(
+        kernel=tuple(layer.kernel_size),
+        stride=tuple(layer.stride),
+        padding=(0,) * len(layer.kernel_size) if _pads_outside(layer) else tuple(map(int, layer.padding)),
+        dilation=tuple(layer.dilation),
+        groups=layer.groups,
+    )
+
+
+def _pads_outside(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    return isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+
+
+def pad_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """``x`` as the GEMMs of ``layer`` take it: 'same' and non-zero padding modes are applied here, outside of them."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not _pads_outside(layer):
+        return x
+    amounts: list[int] = []
+    for i in reversed(range(len(layer.kernel_size))):  # F.pad counts dimensions from the last
+        if layer.padding == "same":
+            total = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            amounts += [total // 2, total - total // 2]
+        else:
+            amounts += [0, 0] if layer.padding == "valid" else [int(layer.padding[i])] * 2
+    if not any(amounts):
+        return x
+    return F.pad(x, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry | None) -> Tensor:
+    """The ``output`` GEMM: the layer's result, bias added."""
+    if conv is None:
+        return F.linear(x, weight, bias)
+    return torch.convolution(
+        x, weight, bias, conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.kernel), conv.groups
+    )
+
+
+def grad_input(grad_output: Tensor, weight: Tensor, input_like: Tensor, conv: ConvGeometry | None) -> Tensor:
+    """The ``grad_input`` GEMM: the loss's gradient with respect to the layer's input, shaped as ``input_like``."""
+    if conv is None:
+        return grad_output.matmul(weight)
+    return _conv_backward(grad_output, input_like, weight, conv, (True, False, False))[0]
+
+
+def grad_weight(x: Tensor, grad_output: Tensor, weight: Tensor, conv: ConvGeometry | None) -> Tensor:
+    """The ``grad_weight`` GEMM summed over the whole batch; ``weight`` gives the shape alone."""
+    if conv is None:
+        return grad_output.reshape(-1, grad_output.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return _conv_backward(grad_output, x, weight, conv, (False, True, False))[1]
+
+
+def _conv_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, conv: ConvGeometry, mask: tuple[bool, bool, bool]
+) -> list[Tensor]:
+    none = [0] * len(conv.kernel)
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad_output, x, weight, None, conv.stride, conv.padding, conv.dilation, False, none, conv.groups, list(mask)
+    )
+
+
+def unfold(x: Tensor, conv: ConvGeometry) -> Tensor:
+    """The input patches of a convolution: [B, C, *spatial] -> [B, C * prod(kernel), positions]."""
+    if len(conv.kernel) == 2:
+        return F.unfold(x, conv.kernel, dilation=conv.dilation, padding=conv.padding, stride=conv.stride)
+    if len(conv.kernel) == 1:
+        return F.unfold(
+            x.unsqueeze(2),
+            (1, *conv.kernel),
+            dilation=(1, *conv.dilation),
+            padding=(0, *conv.padding),
+            stride=(1, *conv.stride),
+        )
+    out = conv.positions(tuple(x.shape[2:]))
+    padded = F.pad(x, [p for p in reversed(conv.padding) for _ in range(2)]).contiguous()
+    batch_stride, channel_stride, *steps = padded.stride()
+    windows = padded.as_strided(
+        (*x.shape[:2], *conv.kernel, *out),
+        (
+            batch_stride,
+            channel_stride,
+            *(s * d for s, d in zip(steps, conv.dilation, strict=True)),
+            *(s * d for s, d in zip(steps, conv.stride, strict=True)),
+        ),
+    )
+    positions = out[0] * out[1] * out[2]
+    return windows.reshape(x.shape[0], x.shape[1] * conv.kernel[0] * conv.kernel[1] * conv.kernel[2], positions)
+
+
+def position_sums(grad_output: Tensor, conv: ConvGeometry | None) -> Tensor:
+    """Per-example bias gradients [B, out]: the output gradient summed over tokens or positions."""
+    if conv is None:
+        return grad_output.sum(dim=tuple(range(1, grad_output.dim() - 1))) if grad_output.dim() > 2 else grad_output
+    return grad_output.flatten(2).sum(2)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightGradient:
+    """The operands of one layer's ``grad_weight`` GEMM, as they were quantized, before the sum over the batch.
+
+    Attributes:
+        weight: the parameter, [out, in / groups, *kernel] or [out, in].
+        x: input, [B, ..., in] or [B, in, *spatial]; with ``rows``, [B * groups, T, prod(weight.shape[1:])].
+        grad_output: gradient of the output, [B, ..., out] or [B, out, *positions]; with ``rows``,
+            [B * groups, T, out / groups].
+        conv: the geometry of a convolution, None for Linear.
+        rows: whether the operands are already unfolded into one pair of matrices per example (and group); T is the
+            reduction axis inside an example (tokens, positions).
+    """
+
+    weight: Tensor
+    x: Tensor
+    grad_output: Tensor
+    conv: ConvGeometry | None
+    rows: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution, 1 for Linear."""
+        return 1 if self.conv is None else self.conv.groups
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples."""
+        return self.x.shape[0] // (self.groups if self.rows else 1)
+
+    @property
+    def reduction(self) -> int:
+        """Length T of the sum inside one example."""
+        if self.rows:
+            return self.x.shape[1]
+        shape = self.grad_output.shape
+        return shape[1:-1].numel() if self.conv is None else shape[2:].numel()
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The operands as [B * groups, T, in-features] and [B * groups, T, out-features], possibly strided views."""
+        if self.rows:
+            return self.x, self.grad_output
+        n = self.batch_size
+        if self.conv is None:
+            t = self.reduction
+            return self.x.reshape(n, t, self.x.shape[-1]), self.grad_output.reshape(n, t, self.grad_output.shape[-1])
+        t, g = self.reduction, self.groups
+        out, inner = self.weight.shape[0] // g, self.weight.shape[1:].numel()
+        patches = unfold(self.x, self.conv).reshape(n * g, inner, t)
+        return patches.transpose(1, 2), self.grad_output.reshape(n * g, out, t).transpose(1, 2)
+
+    def per_example(self) -> Tensor:
+        """Every example's own gradient, [B, *weight.shape]."""
+        if not self.batch_size:
+            return self.x.new_zeros(0, *self.weight.shape)
+        x, g = self.matrices()
+        return torch.bmm(g.transpose(1, 2), x).reshape(self.batch_size, *self.weight.shape)
+
+    def total(self) -> Tensor:
+        """The sum of the examples' gradients: the batch gradient of ordinary training."""
+        if self.rows:
+            return self.weighted_sum(self.x.new_ones(self.batch_size))
+        return grad_weight(self.x, self.grad_output, self.weight, self.conv)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """The sum of the examples' gradients, each times its factor; factors multiply what was quantized, exactly.
+
+        Args:
+            factors: [B].
+        """
+        if self.rows:
+            n, g = self.batch_size, self.groups
+            x, h = (t.reshape(n, g, *t.shape[1:]) for t in (self.x, self.grad_output))
+            h = h * factors.reshape(-1, 1, 1, 1)
+            # one GEMM per group over examples and positions together
+            product = torch.bmm(
+                h.transpose(0, 1).reshape(g, -1, h.shape[-1]).transpose(1, 2),
+                x.transpose(0, 1).reshape(g, -1, x.shape[-1]),
+            )
+            return product.reshape(self.weight.shape)
+        scaled = self.grad_output * factors.reshape(-1, *[1] * (self.grad_output.dim() - 1))
+        return grad_weight(self.x, scaled, self.weight, self.conv)
+
+    def without(self, dropped: Tensor) -> WeightGradient:
+        """The same with the examples that the mask ``dropped`` [B] marks replaced by zeros."""
+        if self.rows:
+            dropped = dropped.repeat_interleave(self.groups)
+        return replace(self, x=zero_examples(self.x, dropped), grad_output=zero_examples(self.grad_output, dropped))
+
+
+def zero_examples(x: Tensor, dropped: Tensor) -> Tensor:
+    """A copy of ``x`` with zeros where the mask over its first dimension is True, NaN and infinities included."""
+    return x.masked_fill(dropped.reshape(-1, *[1] * (x.dim() - 1)), 0.0)

@@ -1,0 +1,337 @@
+"""Linear and convolution layers whose three GEMMs run on quantized operands, switched per layer at run time."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from emulation import gemms
+from emulation.codec import derive_keys
+from emulation.errors import InputError, suggestion
+from emulation.formats import Format
+from emulation.gemms import WeightGradient
+from emulation.precision import PRESETS, WEIGHT_ROLES, LayerPrecision, layer_precision
+from emulation.quantizer import Quantizer
+
+__all__ = [
+    "PRESETS",
+    "LayerGradient",
+    "LayerPrecision",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "RoundingKeys",
+    "quantizable_layers",
+    "quantize_model",
+    "set_plan",
+    "set_rounding",
+]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where the random bits of one forward and its backward come from: (seed, step), and who the examples are."""
+
+    seed: int
+    step: int
+    example_ids: Tensor | None
+    by_position: bool
+
+
+class RoundingKeys:
+    """Whose random bits stochastic rounding uses: shared by all layers of a model, set by :func:`set_rounding`.
+
+    Without a seed, every forward draws a secret one from the operating system.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+        self.step = 0
+        self.example_ids: Tensor | None = None
+
+    def draw(self) -> Draw:
+        """The source of bits for one use of one layer."""
+        if self.seed is None:
+            return Draw(secrets.randbits(63), 0, None, by_position=True)
+        return Draw(self.seed, self.step, self.example_ids, by_position=False)
+
+
+def set_rounding(module: nn.Module, *, seed: int | None, step: int = 0, example_ids: Tensor | None = None) -> None:
+    """Sets the random bits of stochastic rounding for the next forward and backward of a model.
+
+    Each example's bits are a function of (seed, step, layer, role, example id) alone: the same in any batch, and
+    untouched by who else is in it. Bits by batch position would not be: one example more would shift those of all
+    that follow it, so a seed needs the examples' ids.
+
+    Args:
+        module: a model that :func:`quantize_model` has prepared.
+        seed: root of the bits; None: fresh secret bits in every forward.
+        step: of training, so that bits differ between steps.
+        example_ids: integers [B], each example's identity in the data set, in the order of the batch.
+    """
+    for layer in quantizable_layers(module).values():
+        keys = layer.rounding
+        keys.seed, keys.step, keys.example_ids = seed, step, example_ids
+
+
+class _Keys:
+    """Rounding keys of one use of a layer: derived when a stochastic quantizer asks for them."""
+
+    def __init__(self, layer: QuantizedLayer, draw: Draw) -> None:
+        self.layer, self.draw = layer, draw
+
+    def __call__(self, quantizer: Quantizer, role: int, tensor: Tensor) -> Tensor | None:
+        if quantizer.rounding != "stochastic":
+            return None
+        draw, count = self.draw, tensor.shape[0]
+        if draw.by_position or role in WEIGHT_ROLES:
+            ids = torch.arange(count, device=tensor.device)
+        elif draw.example_ids is None:
+            raise InputError(
+                "stochastic rounding has a seed but no example ids",
+                hint="set_rounding(module, seed=..., example_ids=ids of the batch), or seed=None for secret bits",
+            )
+        else:
+            ids = draw.example_ids.to(tensor.device)
+            if ids.shape != (count,):
+                raise InputError(
+                    f"example_ids has shape {tuple(ids.shape)} and the batch has {count} examples",
+                    hint="call set_rounding with the ids of this very batch",
+                )
+        return derive_keys(draw.seed, draw.step, self.layer.index, role, ids)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerGradient:
+    """What one backward through a layer leaves on its tape: enough for every example's gradient of its parameters.
+
+    Attributes:
+        layer: the layer.
+        weight: the operands of the weight gradient, as they were quantized; None where the weight is frozen.
+        bias: every example's bias gradient [B, out], summed over positions from the output gradient before it is
+            quantized (no GEMM reads it); None without a trainable bias.
+    """
+
+    layer: QuantizedLayer
+    weight: WeightGradient | None
+    bias: Tensor | None
+
+
+class _ThreeGemms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLayer, draw: Draw) -> Tensor:
+        precision = layer.precision if x.shape[0] else None  # an empty batch has nothing to quantize
+        conv = gemms.geometry(layer)
+        ctx.layer, ctx.draw, ctx.precision, ctx.conv = layer, draw, precision, conv
+        ctx.tape = layer.tape if layer.training else None
+        if precision is None:
+            xq, wq = x, weight
+        else:
+            xq, wq = precision.output_operands(x, weight, conv, _Keys(layer, draw))
+        if precision is not None and precision.blocks:  # each GEMM quantizes these along its own axis
+            ctx.save_for_backward(x, weight, weight)
+        else:
+            ctx.save_for_backward(xq, wq, weight)
+        return gemms.output(xq, wq, bias, conv)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (grad_output,) = grads
+        x, operand, weight = ctx.saved_tensors
+        layer, precision, conv = ctx.layer, ctx.precision, ctx.conv
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        keys = _Keys(layer, ctx.draw)
+        own_axes = precision is not None and precision.blocks
+        gq = grad_output
+        if precision is not None and (needs_input or not own_axes):
+            gq = precision.gradient(grad_output, conv, keys)
+            if own_axes:
+                operand = precision.grad_input_weight(weight, conv, keys)
+        gradient = None
+        if needs_weight and own_axes:
+            gradient = precision.weight_gradient(x, grad_output, weight.detach(), conv, keys)
+        elif needs_weight:
+            gradient = WeightGradient(weight=weight.detach(), x=x, grad_output=gq, conv=conv)
+        grad_x = gemms.grad_input(gq, operand, x, conv) if needs_input else None
+        bias = gemms.position_sums(grad_output, conv) if needs_bias else None
+        if ctx.tape is not None:
+            # private training throws the batch gradient away: it is never computed
+            ctx.tape.append(LayerGradient(layer=layer, weight=gradient, bias=bias))
+            return grad_x, None, None, None, None
+        grad_w = None if gradient is None else gradient.total()
+        return grad_x, grad_w, None if bias is None else bias.sum(0), None, None
+
+
+class QuantizedLayer(nn.Module):
+    """What the quantized layers have in common.
+
+    Attributes:
+        precision: the quantizers in use; None: full precision.
+        tape: where backward leaves :class:`LayerGradient` records in place of batch gradients; None outside
+            book-keeping private training.
+        private: whether examples must stay independent: mixing quantizers are refused.
+        replay: the draws of past forwards, for whoever quantizes the same tensors again; None: not kept.
+        rounding: the model's rounding keys.
+        index: the layer's number, part of its rounding keys.
+        preset: what a plan that only names the layer quantizes it to.
+    """
+
+    precision: LayerPrecision | None
+    tape: list[LayerGradient] | None
+    private: bool
+    replay: list[Draw] | None
+    rounding: RoundingKeys
+    index: int
+    preset: LayerPrecision
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output; with ``precision`` None and no tape exactly the stock layer's."""
+        records = self.tape is not None and self.training and torch.is_grad_enabled()
+        if self.precision is None and not records:
+            return super().forward(x)  # type: ignore[no-any-return]
+        conv = gemms.geometry(self)
+        rank = 2 if conv is None else len(conv.kernel) + 2
+        if x.dim() < rank:
+            raise InputError(
+                f"layer {type(self).__name__} got an input of shape {tuple(x.shape)} without a batch dimension",
+                hint="add one: x.unsqueeze(0)",
+            )
+        draw = self.rounding.draw()
+        if self.replay is not None and self.training and torch.is_grad_enabled():
+            self.replay.append(draw)
+        return _ThreeGemms.apply(gemms.pad_input(self, x), self.weight, self.bias, self, draw)  # type: ignore[no-any-return]
+
+    def requantize(self, x: Tensor, grad_output: Tensor, draw: Draw) -> WeightGradient:
+        """The weight gradient's operands from the layer's own input and output gradient, quantized with known bits."""
+        conv = gemms.geometry(self)
+        x = gemms.pad_input(self, x)
+        if self.precision is None or not x.shape[0]:
+            return WeightGradient(weight=self.weight, x=x, grad_output=grad_output, conv=conv)  # type: ignore[arg-type]
+        keys = _Keys(self, draw)
+        return self.precision.weight_gradient(x, grad_output, self.weight, conv, keys)  # type: ignore[arg-type]
+
+    def set_precision(self, precision: LayerPrecision | None) -> None:
+        """Switches the layer's quantizers.
+
+        Raises:
+            InputError: the layer trains privately and ``precision`` lets examples mix.
+        """
+        if self.private and precision is not None and precision.mixes_examples:
+            raise InputError(
+                f"precision {precision.name!r} mixes examples: its scales are shared over the batch, so that clipping "
+                "does not bound what one example changes",
+                hint="use granularity 'example', or 'block' inside one example, for input and grad_output",
+            )
+        self.precision = precision
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """``nn.Linear`` whose GEMMs can run on quantized operands."""
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    """``nn.Conv1d`` whose GEMMs can run on quantized operands."""
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """``nn.Conv2d`` whose GEMMs can run on quantized operands."""
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    """``nn.Conv3d`` whose GEMMs can run on quantized operands."""
+
+
+_QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+}
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def quantize_model(module: nn.Module, preset: str | Format | LayerPrecision = "luq_fp4") -> nn.Module:
+    """Replaces every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` inside ``module`` by its quantized twin, all switched off.
+
+    In place, and idempotent: parameters, hooks and names stay the same objects, so optimizers, checkpoints and state
+    dicts keep working. Subclasses of the stock layers and layers inside ``nn.MultiheadAttention`` are left alone.
+
+    Args:
+        module: any model.
+        preset: what :func:`set_plan` uses for layers that a plan only names.
+
+    Returns:
+        ``module`` (its twin, where it is itself such a layer).
+
+    Raises:
+        InputError: unknown preset or format.
+    """
+    precision = layer_precision(preset)
+    twins: dict[nn.Module, QuantizedLayer] = {}
+    present = quantizable_layers(module)
+    rounding = next(iter(present.values())).rounding if present else RoundingKeys()
+    indices = iter(range(len(present), 1 << 30))
+
+    def twin(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, QuantizedLayer):
+            layer.preset = precision
+            return layer
+        if type(layer) in _QUANTIZED:
+            if layer not in twins:
+                twins[layer] = _twin(layer, precision, rounding, next(indices))
+            return twins[layer]
+        if not isinstance(layer, nn.MultiheadAttention):  # its projections are used as raw weights
+            for name, child in list(layer.named_children()):
+                replaced = twin(child)
+                if replaced is not child:
+                    setattr(layer, name, replaced)
+        return layer
+
+    return twin(module)
+
+
+def _twin(layer: nn.Module, preset: LayerPrecision, rounding: RoundingKeys, index: int) -> QuantizedLayer:
+    cls = _QUANTIZED[type(layer)]
+    new = cls.__new__(cls)
+    new.__dict__ = layer.__dict__  # the same parameters and hooks, not copies
+    new.precision = new.tape = new.replay = None
+    new.private, new.rounding, new.index, new.preset = False, rounding, index, preset
+    return new
+
+
+def quantizable_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers that a plan can name, by their ``named_modules()`` name, in that order."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLayer)}
+
+
+def set_plan(module: nn.Module, plan: Mapping[str, str | Format | LayerPrecision] | Iterable[str]) -> None:
+    """Quantizes the layers that ``plan`` names and switches all others to full precision.
+
+    Args:
+        module: a model that :func:`quantize_model` has prepared.
+        plan: layer name -> format or preset; or just names, quantized to the preset of :func:`quantize_model`.
+
+    Raises:
+        InputError: unknown layer, format or preset, or one that mixes examples in private training. Nothing is changed.
+    """
+    present = quantizable_layers(module)
+    entries = plan if isinstance(plan, Mapping) else dict.fromkeys(plan)
+    for name in entries:
+        if name not in present:
+            raise InputError(f"unknown layer {name!r}", hint=suggestion(name, present))
+    chosen = {n: present[n].preset if e is None else layer_precision(e) for n, e in entries.items()}
+    before = {name: layer.precision for name, layer in present.items()}
+    try:
+        for name, layer in present.items():
+            layer.set_precision(chosen.get(name))
+    except InputError:
+        for name, layer in present.items():
+            layer.precision = before[name]
+        raise

@@ -1,0 +1,215 @@
+"""Which quantizer acts on which operand of a layer's three GEMMs, as presets or for any format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emulation.errors import InputError, suggestion
+from emulation.formats import ALIASES, FORMATS, BlockFormat, Format, get_format
+from emulation.gemms import ConvGeometry, WeightGradient
+from emulation.quantizer import Quantizer
+
+# What is quantized, as a number that keys stochastic rounding: the same tensor may be quantized along two axes.
+X_OUTPUT, W_OUTPUT, G_INPUT, W_INPUT, X_WEIGHT, G_WEIGHT = range(6)
+WEIGHT_ROLES = (W_OUTPUT, W_INPUT)
+Keys = Callable[[Quantizer, int, Tensor], Tensor | None]
+"""quantizer, role, tensor -> a rounding key per index of the tensor's first dimension; None where none is needed."""
+
+TILE = 16
+"""Side of NVFP4's square weight blocks and of the Hadamard rotation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPrecision:
+    """The quantizers of one layer.
+
+    With scalar formats every tensor is quantized once and serves both GEMMs that read it. With block formats the
+    blocks run along the reduction axis of the GEMM: along the input features for ``output``, along the output features
+    for ``grad_input``, and along tokens or positions for ``grad_weight``, always inside one example: what is clipped is
+    an example's own weight gradient, whose sum runs over that example's tokens or positions alone, so no block ever
+    holds two examples. Where that sum has one term only (Linear on [B, features]) the example's gradient is an outer
+    product without a reduction axis, and the tensors quantized for the other two GEMMs serve.
+
+    Attributes:
+        name: what the plan calls it.
+        weight: for the weights; may share scales at will, for weights are public in private training.
+        input: for the layer's input.
+        grad_output: for the gradient of the layer's output.
+        square_weight_blocks: weights in 16 x 16 blocks, so that both GEMMs that read them see the same values.
+        hadamard: rotate both operands of ``grad_weight`` by a 16-wide Hadamard matrix with fixed random signs along
+            the reduction axis before they are quantized; the rotation cancels in the product.
+    """
+
+    name: str
+    weight: Quantizer
+    input: Quantizer
+    grad_output: Quantizer
+    square_weight_blocks: bool = False
+    hadamard: bool = False
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether an example's quantized values depend on the other examples of its batch."""
+        return self.input.mixes_examples or self.grad_output.mixes_examples
+
+    @property
+    def blocks(self) -> bool:
+        """Whether scales run along an axis, so that each GEMM has operands of its own."""
+        return any(q.granularity == "block" for q in (self.weight, self.input, self.grad_output))
+
+    def output_operands(
+        self, x: Tensor, weight: Tensor, conv: ConvGeometry | None, keys: Keys
+    ) -> tuple[Tensor, Tensor]:
+        """(x, weight) as the ``output`` GEMM reads them."""
+        xq = _along_features(self.input, X_OUTPUT, x, conv, keys)
+        if self.square_weight_blocks:
+            return xq, _in_tiles(self.weight, weight, keys)
+        return xq, self.weight.fake_quantize(weight, keys=keys(self.weight, W_OUTPUT, weight), axis=1)
+
+    def gradient(self, grad_output: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
+        """The output gradient as the ``grad_input`` GEMM reads it."""
+        return _along_features(self.grad_output, G_INPUT, grad_output, conv, keys)
+
+    def grad_input_weight(self, weight: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
+        """The weight as the ``grad_input`` GEMM reads it, with blocks along the output features."""
+        if self.square_weight_blocks:
+            return _in_tiles(self.weight, weight, keys)
+        groups = 1 if conv is None else conv.groups
+        grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        wq = self.weight.fake_quantize(grouped, keys=keys(self.weight, W_INPUT, grouped), axis=1)
+        return wq.reshape(weight.shape)
+
+    def weight_gradient(
+        self, x: Tensor, grad_output: Tensor, weight: Tensor, conv: ConvGeometry | None, keys: Keys
+    ) -> WeightGradient:
+        """The operands of ``grad_weight``; ``x`` and ``grad_output`` are the layer's own, not yet quantized."""
+        plain = WeightGradient(weight=weight, x=x, grad_output=grad_output, conv=conv)
+        if not self.blocks or plain.reduction == 1:
+            xq = _along_features(self.input, X_OUTPUT, x, conv, keys)
+            return replace(plain, x=xq, grad_output=self.gradient(grad_output, conv, keys))
+        if not self.hadamard:
+            xq = _along_tokens(self.input, X_WEIGHT, x, conv, keys)
+            return replace(plain, x=xq, grad_output=_along_tokens(self.grad_output, G_WEIGHT, grad_output, conv, keys))
+        # the rotation does not commute with a convolution's shifts: it acts on the unfolded operands
+        n, groups, (x_rows, g_rows) = plain.batch_size, plain.groups, plain.matrices()
+        return replace(
+            plain,
+            x=_rotated_rows(self.input, X_WEIGHT, x_rows, (n, groups), keys),
+            grad_output=_rotated_rows(self.grad_output, G_WEIGHT, g_rows, (n, groups), keys),
+            rows=True,
+        )
+
+
+def _along_features(quantizer: Quantizer, role: int, x: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
+    """Quantizes with blocks along the features: the last dimension, or the channels of one group."""
+    if conv is None or conv.groups == 1:
+        return quantizer.fake_quantize(x, keys=keys(quantizer, role, x), axis=-1 if conv is None else 1)
+    grouped = x.reshape(x.shape[0], conv.groups, x.shape[1] // conv.groups, *x.shape[2:])
+    return quantizer.fake_quantize(grouped, keys=keys(quantizer, role, grouped), axis=2).reshape(x.shape)
+
+
+def _along_tokens(quantizer: Quantizer, role: int, x: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
+    """Quantizes with blocks along one example's tokens or positions, in C order."""
+    flat = x.flatten(1, -2) if conv is None else x.flatten(2)
+    quantized = quantizer.fake_quantize(flat, keys=keys(quantizer, role, flat), axis=1 if conv is None else 2)
+    return quantized.reshape(x.shape)
+
+
+def _rotated_rows(quantizer: Quantizer, role: int, rows: Tensor, unit: tuple[int, int], keys: Keys) -> Tensor:
+    """Rotates and quantizes [examples * groups, T, features] along T; ``unit`` is (examples, groups)."""
+    rotated = _rotate(rows)
+    by_example = rotated.reshape(*unit, *rotated.shape[1:])
+    return quantizer.fake_quantize(by_example, keys=keys(quantizer, role, by_example), axis=2).reshape(rotated.shape)
+
+
+def _in_tiles(quantizer: Quantizer, weight: Tensor, keys: Keys) -> Tensor:
+    """Quantizes weights in square blocks over (out, in), one set of blocks for each kernel position."""
+    fmt = quantizer.format
+    assert isinstance(fmt, BlockFormat)
+    rows, columns = weight.shape[:2]
+    matrices = weight.reshape(rows, columns, -1).permute(2, 0, 1)
+    padded = F.pad(matrices, (0, -columns % TILE, 0, -rows % TILE))
+    tiles = padded.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).permute(1, 3, 0, 2, 4)
+    blocks = tiles.flatten(3)  # [row tiles, column tiles, kernel positions, 256]
+    of_tiles = replace(quantizer, format=replace(fmt, block_size=TILE * TILE))
+    quantized = of_tiles.fake_quantize(blocks, keys=keys(quantizer, W_OUTPUT, blocks), axis=3).reshape(tiles.shape)
+    back = quantized.permute(2, 0, 3, 1, 4).reshape(padded.shape)[:, :rows, :columns]
+    return back.permute(1, 2, 0).reshape(weight.shape)
+
+
+def _rotation(like: Tensor) -> Tensor:
+    """The 16 x 16 orthogonal matrix diag(signs) H / 4, with the signs of NVIDIA's recipe (arXiv 2509.25149)."""
+    h = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    for _ in range(int(math.log2(TILE))):
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+    signs = like.new_tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
+    return signs.unsqueeze(1) * h / 4
+
+
+def _rotate(matrices: Tensor) -> Tensor:
+    """[N, T, features] -> [N, T padded with zeros to a multiple of 16, features], each 16 rows rotated."""
+    padded = F.pad(matrices, (0, 0, 0, -matrices.shape[1] % TILE))
+    tiles = padded.unflatten(1, (-1, TILE))
+    return _rotation(matrices).t().matmul(tiles).flatten(1, 2)
+
+
+def _recipe(name: str, forward: Format | str, backward: Format | str | None = None) -> LayerPrecision:
+    """One format for x and W, one for the gradient; 4-bit gradients are rounded stochastically, to stay unbiased."""
+    forward = get_format(forward)
+    backward = forward if backward is None else get_format(backward)
+    blocked = isinstance(forward, BlockFormat) and forward.block_size is not None
+    unit = "block" if blocked else "example"
+    return LayerPrecision(
+        name=name,
+        weight=Quantizer(forward, granularity="block" if blocked else "tensor"),
+        input=Quantizer(forward, granularity=unit),
+        grad_output=Quantizer(
+            backward, granularity=unit, rounding="stochastic" if backward.bits <= 4 else "nearest_even"
+        ),
+        square_weight_blocks=name == "nvfp4",
+        hadamard=name == "nvfp4",
+    )
+
+
+PRESETS: Mapping[str, LayerPrecision] = MappingProxyType(
+    {
+        "luq_fp4": _recipe("luq_fp4", "luq_fp4"),
+        "fp8": _recipe("fp8", "float8_e4m3fn", "float8_e5m2"),
+        "mxfp8": _recipe("mxfp8", "mxfp8_e4m3"),
+        "mxfp4": _recipe("mxfp4", "mxfp4_e2m1"),
+        "nvfp4": _recipe("nvfp4", "nvfp4"),
+    }
+)
+"""Recipes by name.
+
+``luq_fp4``: the 4-bit logarithmic grid of LUQ (arXiv 2112.10769) for all three, forward to nearest, gradients
+stochastic. ``fp8``: E4M3 forward, E5M2 gradients (arXiv 2209.05433). ``mxfp8``: E4M3 with MX scales for all three
+(arXiv 2506.08027). ``mxfp4``: E2M1 with MX scales, gradients stochastic (arXiv 2502.20586). ``nvfp4``: NVIDIA's
+training recipe (arXiv 2509.25149): square weight blocks, stochastic gradients, rotated weight-gradient operands.
+"""
+
+
+def layer_precision(entry: str | Format | LayerPrecision) -> LayerPrecision:
+    """The recipe of a plan's entry: a preset's name, or any format (that format for all three operands).
+
+    Raises:
+        InputError: no such preset or format.
+    """
+    if isinstance(entry, LayerPrecision):
+        return entry
+    if isinstance(entry, str) and entry in PRESETS:
+        return PRESETS[entry]
+    try:
+        fmt = get_format(entry)
+    except InputError:
+        raise InputError(
+            f"unknown format or preset {entry!r}", hint=suggestion(str(entry), [*PRESETS, *FORMATS, *ALIASES])
+        ) from None
+    return PRESETS[fmt.name] if fmt.name in PRESETS else _recipe(fmt.name, fmt)
