@@ -17,11 +17,11 @@ from emulation.errors import InputError, suggestion
 
 Kind = Literal["float", "int", "exponent"]
 Specials = Literal["ieee", "nan", "fnuz", "none"]
-ScaleRule = Literal["max", "pow2", "floor", "rceil", "nvfp4"]
+ScaleRule = Literal["none", "max", "pow2", "floor", "rceil", "nvfp4"]
 
 KINDS: tuple[Kind, ...] = ("float", "int", "exponent")
 SPECIALS: tuple[Specials, ...] = ("ieee", "nan", "fnuz", "none")
-SCALE_RULES: tuple[ScaleRule, ...] = ("max", "pow2", "floor", "rceil", "nvfp4")
+SCALE_RULES: tuple[ScaleRule, ...] = ("none", "max", "pow2", "floor", "rceil", "nvfp4")
 
 
 def _check_choice(field: str, value: object, allowed: tuple[str, ...], name: str) -> None:
