@@ -1,0 +1,225 @@
+"""``dpquant hardware``: the accelerator profiles, where their numbers are from, and how far to trust them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dpquant.render import Column, Output, Table, gibibytes, number, percent, seconds, si
+from emulation.errors import InputError
+from hwmodels import profile as profiles
+
+SUMMARY = "List, show, check and validate hardware profiles."
+EXAMPLES = """\
+examples:
+  dpquant hardware list
+  dpquant hardware show h100
+  dpquant hardware check my-chip.yaml
+  dpquant hardware validate h100 --data measured.csv"""
+
+_SHOWN_FORMATS = ("bfloat16", "float8_e4m3fn", "nvfp4", "mxfp4_e2m1")
+
+
+def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=type(parser))
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        result = actions.add_parser(name, help=text, description=text, parents=[common])
+        result.add_argument("--hardware-dir", metavar="DIR", help="a folder of your own profiles, looked up first")
+        result.set_defaults(action=name)
+        return result
+
+    action("list", "Every profile on one line.").add_argument("--csv", action="store_true", help="print CSV")
+    action("show", "One profile: every number with status and source.").add_argument(
+        "name", metavar="NAME", help="a profile's name, or a YAML file"
+    )
+    action("check", "Every problem of profile files at once, with file and line.").add_argument(
+        "files", metavar="FILE", nargs="*", help="YAML files, or names"
+    )
+    validate = action("validate", "The model of GEMM time against a table of measurements.")
+    validate.add_argument("name", metavar="NAME", help="a profile's name, or a YAML file")
+    validate.add_argument("--data", metavar="CSV", help="columns gemm_dtype, m, n, k, latency_us; device if several")
+    validate.add_argument("--device", metavar="NAME", help="which device's rows; default: the profile's own")
+    validate.add_argument("--csv", action="store_true", help="print CSV")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Run the command; returns its exit code."""
+    if args.action is None:
+        raise InputError("no action given", hint="dpquant hardware list, show, check or validate")
+    return {"list": _list, "show": _show, "check": _check, "validate": _validate}[args.action](args, out)
+
+
+def _list(args: argparse.Namespace, out: Output) -> int:
+    rows = [_summary(profiles.load_profile(n, args.hardware_dir)) for n in profiles.list_profiles(args.hardware_dir)]
+    if out.form == "json":
+        out.json({"rows": rows})
+        return 0
+    columns = [
+        Column(key="name", title="name"),
+        Column(key="vendor", title="vendor", spare=True),
+        Column(key="year", title="year", right=True, spare=True),
+        Column(key="memory_bytes", title="GB", show=lambda v: f"{v / 1e9:.0f}", right=True),
+        Column(key="bandwidth_bytes_per_s", title="TB/s", show=lambda v: f"{v / 1e12:.2f}", right=True),
+        *(
+            Column(key=f, title=t, show=lambda v: f"{v / 1e12:.0f}", right=True)
+            for f, t in zip(_SHOWN_FORMATS, ("bf16", "fp8", "nvfp4", "mxfp4"), strict=True)
+        ),
+        Column(key="power_limit_w", title="W", show=lambda v: f"{v:.0f}", right=True),
+        Column(key="calibrated_on", title="calibrated on"),
+    ]
+    if out.form == "csv":
+        columns = [Column(key=key, title=key) for key in rows[0]]
+    out.table(Table(columns=columns, rows=rows))
+    out.note("Rates are dense TFLOPS of formats that the matrix unit takes itself; a dash is none, or not published.")
+    out.note("Peaks are published figures, not what kernels reach; `show NAME` says where each number is from.")
+    return 0
+
+
+def _summary(profile: profiles.HardwareProfile) -> dict[str, Any]:
+    rates = {f: r.peak_flops_per_s for f in _SHOWN_FORMATS if (r := profile.formats.get(f)) is not None and r.native}
+    return {
+        "name": profile.name,
+        "title": profile.title,
+        "vendor": profile.vendor,
+        "family": profile.family,
+        "year": profile.year,
+        "memory_bytes": profile.memory.capacity_bytes,
+        "bandwidth_bytes_per_s": profile.memory.bandwidth_bytes_per_s,
+        "power_limit_w": profile.power.limit_w if profile.power else None,
+        **{f: rates.get(f) for f in _SHOWN_FORMATS},
+        "native_formats": [name for name, rate in profile.formats.items() if rate.native],
+        "calibrated_on": profile.calibrated_on,
+    }
+
+
+def _show(args: argparse.Namespace, out: Output) -> int:
+    facts = profiles.describe(profiles.load_profile(args.name, args.hardware_dir))
+    if out.form == "json":
+        out.json(facts)
+        return 0
+    out.show(f"{facts['name']}: {facts['title']} ({facts['vendor']}, {facts['family']}, {facts['year']})")
+    if facts["note"]:
+        out.show(facts["note"])
+    rows = [
+        row | {"text": _quantity(row["key"], row["value"]), "from": ", ".join(row["sources"])}
+        for row in facts["numbers"]
+    ]
+    out.table(
+        Table(
+            columns=[
+                Column(key="key", title="number"),
+                Column(key="text", title="value", right=True),
+                Column(key="status", title="status"),
+                Column(key="sources", title="source", show=", ".join, wrap=True),
+            ],
+            rows=rows,
+        )
+    )
+    own = [row for row in facts["formats"] if row["timed_as"] == row["format"]]
+    columns = [
+        Column(key="format", title="format"),
+        Column(key="peak_flops_per_s", title="dense peak", show=lambda v: si(v, "FLOPS"), right=True),
+        Column(key="way", title="matrix unit", wrap=True),
+        Column(key="status", title="status"),
+        Column(key="sources", title="source", show=", ".join, wrap=True),
+    ]
+    out.table(Table(columns=columns, rows=[row | {"way": _way(row)} for row in own]))
+    for text in _borrowed(facts["formats"]):
+        out.show(text)
+    out.show("")
+    for tag, source in facts["sources"].items():
+        print(f"{tag}: {source['title']}" + (f" <{source['url']}>" if source["url"] else ""))
+    on = facts["calibrated_on"]
+    base = "its own measurements" if on == facts["name"] else f"measurements of {on}, a chip of its family"
+    out.note(f"Calibrated on {base}." if on else "No calibration: only the peak basis, a roofline, is to be had.")
+    return 0
+
+
+def _quantity(key: str, value: float | None) -> str | None:
+    if value is None:
+        return None
+    if key.endswith("bytes_per_s"):
+        return si(value, "B/s", 4)
+    if key == "cache_bytes":
+        return gibibytes(value)
+    if key.endswith("_bytes"):
+        return si(value, "B", 4)
+    if key.endswith("flops_per_s"):
+        return si(value, "FLOPS", 4)
+    if key.endswith("_w"):
+        return f"{value:g} W"
+    return seconds(value) if key.endswith("_s") else number(value)
+
+
+def _way(rate: dict[str, Any]) -> str:
+    block = f", blocks of {rate['scale_block']}" if rate["scale_block"] else ""
+    return ("native" if rate["native"] else "not native") + block
+
+
+def _borrowed(formats: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each rate that other formats use, and why."""
+    lines = []
+    for rate in formats:
+        name = rate["format"]
+        stored = [r["format"] for r in formats if r["timed_as"] == name != r["format"] and not r["falls_back_to"]]
+        converted = [r["format"] for r in formats if r["falls_back_to"] == name]
+        if stored:
+            lines.append(f"Timed as {name}, as if the matrix unit took them: {', '.join(stored)}.")
+        if converted:
+            lines.append(f"Not taken by the matrix unit, converted to {name}: {', '.join(converted)}.")
+    return lines
+
+
+def _check(args: argparse.Namespace, out: Output) -> int:
+    if not args.files:
+        raise InputError("no file to check", hint="dpquant hardware check FILE...")
+    rows: list[dict[str, Any]] = []
+    for file in args.files:
+        path = Path(file)
+        try:
+            found = profiles.check(path if path.exists() else file, args.hardware_dir)
+        except InputError as error:
+            found = [error]
+        rows += [
+            {"file": str(e.file or file), "line": e.line, "message": e.message, "hint": e.hint, "text": str(e)}
+            for e in found
+        ]
+        if not found and out.form != "json":
+            out.show(f"{file}: no problem found")
+    if out.form == "json":
+        keys = ("file", "line", "message", "hint")
+        out.json({"files": len(args.files), "problems": [{key: row[key] for key in keys} for row in rows]})
+    else:
+        for row in rows:
+            out.show(row["text"] + (f"\n  hint: {row['hint']}" if row["hint"] else ""))
+    return 1 if rows else 0
+
+
+def _validate(args: argparse.Namespace, out: Output) -> int:
+    from hwmodels.validate import validate
+
+    if args.data is None:
+        raise InputError("no measurements given", hint="--data FILE.csv with columns gemm_dtype, m, n, k, latency_us")
+    profile = profiles.load_profile(args.name, args.hardware_dir)
+    result = validate(profile, args.data, device=args.device)
+    rows = result["rows"]
+    if out.form == "json":
+        out.json(result)
+        return 0
+
+    def error(key: str, title: str) -> Column:
+        return Column(key=key, title=title, show=lambda v: percent(v / 100), right=True)
+
+    columns = [
+        Column(key="format", title="format"),
+        Column(key="n", title="rows", right=True),
+        error("mape_percent", "mean error"),
+        error("median_percent", "median"),
+        Column(key="rank_correlation", title="rank corr.", show=lambda v: f"{v:.3f}", right=True),
+        error("roofline_mape_percent", "roofline's"),
+    ]
+    out.table(Table(columns=columns, rows=rows))
+    return 0

@@ -1,0 +1,267 @@
+"""``dpquant privacy``: what a planned run would spend, the noise it needs, and what a run has spent."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpquant.render import Column, Output, Table, number, percent
+from emulation.errors import InputError
+
+if TYPE_CHECKING:
+    from dpquant.config import RunConfig
+    from dpquant.privacy import Accountant, PrivacyEvent
+
+SUMMARY = "What a planned run would spend, and the noise it needs."
+EXAMPLES = """\
+examples:
+  dpquant privacy digits                          a configuration's plan
+  dpquant privacy digits --epochs 60              ... what would 60 epochs need?
+  dpquant privacy runs/mine                       what a run has spent so far
+  dpquant privacy --dataset-size 50000 --batch-size 1024 --epochs 60 \\
+      --delta 1e-5 --noise-multiplier 1.0         no configuration: what epsilon?
+  ... --target-epsilon 3 instead of --noise-multiplier: which noise?"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is released: training steps and analyses, as events; ``analysis_steps`` of 0 is none."""
+
+    training: PrivacyEvent
+    analysis: PrivacyEvent
+    analysis_steps: int
+    delta: float
+    accountant: Accountant
+    target_epsilon: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a configuration, or a run folder")
+    parser.add_argument("--epochs", type=int, help="number of epochs")
+    parser.add_argument("--batch-size", type=int, help="expected size of a Poisson batch")
+    parser.add_argument("--dataset-size", type=int, help="declared number of examples")
+    parser.add_argument("--delta", type=float, help="delta, below 1 / dataset size")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--target-epsilon", type=float, help="solve for the noise that meets this epsilon")
+    group.add_argument("--noise-multiplier", type=float, help="the noise; epsilon follows")
+    parser.add_argument("--accountant", choices=("prv", "rdp"), help="default: prv")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Run the command; returns its exit code."""
+    if args.config is not None and (Path(args.config) / "run.json").exists():
+        return _spent(args, out)
+    plan = _from_config(args) if args.config is not None else _from_options(args)
+    answer = evaluate(plan)
+    if out.form == "json":
+        out.json(answer)
+        return 0
+    out.table(_table(answer))
+    target = "" if plan.target_epsilon is None else f", within the target of {plan.target_epsilon:g}"
+    out.note(
+        f"The run is ({answer['epsilon']:.4g}, {plan.delta:g})-differentially private{target}, for neighbouring data "
+        "sets that differ by adding or removing one example."
+    )
+    out.note(
+        f"An upper bound by the {plan.accountant.upper()} accountant for Poisson sampling at exactly these rates; "
+        "choosing hyper-parameters on the same data is not covered."
+    )
+    return 0
+
+
+def evaluate(plan: Plan) -> dict[str, Any]:
+    """Epsilon of the plan, whole and in parts, as the JSON that is printed."""
+    from dpquant.privacy import PrivacyLedger, epsilon
+
+    analysis = PrivacyLedger(events=(plan.analysis,) if plan.analysis_steps else ())
+    training = PrivacyLedger(events=(plan.training,))
+    whole = PrivacyLedger(events=training.events + analysis.events)
+
+    def spent(ledger: PrivacyLedger) -> float:
+        return epsilon(ledger, plan.delta, plan.accountant)
+
+    return {
+        "epsilon": spent(whole),
+        "delta": plan.delta,
+        "accountant": plan.accountant,
+        "noise_multiplier": plan.training.noise_multiplier,
+        "sample_rate": plan.training.sample_rate,
+        "steps": plan.training.steps,
+        "analysis": {
+            "noise_multiplier": plan.analysis.noise_multiplier,
+            "sample_rate": plan.analysis.sample_rate,
+            "steps": plan.analysis_steps,
+        },
+        "neighbouring": plan.training.neighbouring,
+        "sampling": "poisson",
+        "target_epsilon": plan.target_epsilon,
+        "epsilon_training_alone": spent(training),
+        "epsilon_analysis_alone": spent(analysis),
+    }
+
+
+def _table(answer: dict[str, Any]) -> Table:
+    analysis = answer["analysis"]
+    rows = [
+        {"what": "training", "epsilon": answer["epsilon_training_alone"]}
+        | {key: answer[key] for key in ("steps", "sample_rate", "noise_multiplier")},
+        {"what": "sensitivity analyses", "epsilon": answer["epsilon_analysis_alone"], **analysis},
+        {"what": "together", "epsilon": answer["epsilon"], "steps": answer["steps"] + analysis["steps"]},
+    ]
+    columns = [
+        Column(key="what", title="released"),
+        Column(key="steps", title="times", right=True),
+        Column(key="sample_rate", title="sample rate", show=number, right=True),
+        Column(key="noise_multiplier", title="noise multiplier", show=number, right=True),
+        Column(key="epsilon", title="epsilon alone", show=number, right=True),
+    ]
+    return Table(columns=columns, rows=rows, breaks=frozenset({1}))
+
+
+def _from_config(args: argparse.Namespace) -> Plan:
+    from dpquant.config import load_config
+
+    overrides: dict[tuple[str | int, ...], Any] = {
+        ("training", "epochs"): args.epochs,
+        ("training", "batch_size"): args.batch_size,
+        ("training", "dataset_size"): args.dataset_size,
+        ("privacy", "target_delta"): args.delta,
+        ("privacy", "target_epsilon"): args.target_epsilon,
+        ("privacy", "noise_multiplier"): args.noise_multiplier,
+        ("privacy", "accountant"): args.accountant,
+    }
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if args.target_epsilon is not None:
+        given[("privacy", "noise_multiplier")] = None
+    if args.noise_multiplier is not None:
+        given[("privacy", "target_epsilon")] = None
+    config = load_config(args.config, given)
+    training, budget = config["training"], config["privacy"]
+    from dpquant.sensitivity import AnalysisSettings
+
+    size = training["dataset_size"] or _count(config)
+    analysis = AnalysisSettings(**config["analysis"])
+    analyses = 0
+    if config["schedule"]["scheduler"] == "dpquant":
+        analyses = len(range(0, training["epochs"], analysis.interval))
+    return _plan(
+        size=size,
+        batch_size=training["batch_size"],
+        epochs=training["epochs"],
+        delta=budget["target_delta"],
+        target_epsilon=budget["target_epsilon"],
+        noise_multiplier=budget["noise_multiplier"],
+        accountant=budget["accountant"],
+        analysis=analysis.event(size, 1),
+        analyses=analyses,
+    )
+
+
+def _count(config: RunConfig) -> int:
+    """The number of training examples, where the configuration does not declare it."""
+    from dpquant.data import DataSettings, load_data
+
+    return len(load_data(DataSettings(**config["data"])).train)
+
+
+def _from_options(args: argparse.Namespace) -> Plan:
+    needed = ("dataset_size", "batch_size", "epochs", "delta")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
+    if missing:
+        hint = "dpquant privacy CONFIG, or give " + ", ".join(missing)
+        raise InputError("no configuration given, and without one more is needed", hint=hint)
+    if (args.target_epsilon is None) == (args.noise_multiplier is None):
+        raise InputError("give one of --target-epsilon and --noise-multiplier")
+    for name in needed[:3]:
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.batch_size > args.dataset_size:
+        raise InputError(f"--batch-size {args.batch_size} is larger than --dataset-size {args.dataset_size}")
+    from dpquant.sensitivity import AnalysisSettings
+
+    return _plan(
+        size=args.dataset_size,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        delta=args.delta,
+        target_epsilon=args.target_epsilon,
+        noise_multiplier=args.noise_multiplier,
+        accountant=args.accountant or "prv",
+        analysis=AnalysisSettings().event(args.dataset_size, 1),
+        analyses=0,
+    )
+
+
+def _plan(
+    *,
+    size: int,
+    batch_size: int,
+    epochs: int,
+    delta: float,
+    target_epsilon: float | None,
+    noise_multiplier: float | None,
+    accountant: Accountant,
+    analysis: PrivacyEvent,
+    analyses: int,
+) -> Plan:
+    from dpquant.privacy import PrivacyEvent, calibrate_noise
+
+    rate = min(1.0, batch_size / size)
+    steps = epochs * max(1, round(1 / rate))
+    planned = replace(analysis, steps=max(1, analyses))
+    if noise_multiplier is None:
+        assert target_epsilon is not None
+        noise_multiplier = calibrate_noise(
+            target_epsilon=target_epsilon,
+            target_delta=delta,
+            sample_rate=rate,
+            steps=steps,
+            analyses=[planned] if analyses else [],
+            accountant=accountant,
+        )
+    training = PrivacyEvent(mechanism="training", noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps)
+    return Plan(
+        training=training,
+        analysis=planned,
+        analysis_steps=analyses,
+        delta=delta,
+        accountant=accountant,
+        target_epsilon=target_epsilon,
+    )
+
+
+def _spent(args: argparse.Namespace, out: Output) -> int:
+    """What a run folder's ledger says."""
+    from dpquant.ledger_file import read_ledger
+    from dpquant.privacy import PrivacyLedger, epsilon
+    from dpquant.rundir import load_run
+
+    run = load_run(args.config)
+    facts = run.facts
+    ledger = read_ledger(run.path / "ledger.jsonl", run.run_id)
+    delta = facts.delta if args.delta is None else args.delta
+    accountant: Any = args.accountant or facts.accountant
+    rows = []
+    for mechanism in ("training", "analysis"):
+        part = PrivacyLedger(events=tuple(e for e in ledger.events if e.mechanism == mechanism))
+        rows.append({"what": mechanism, "steps": ledger.steps(mechanism), "epsilon": epsilon(part, delta, accountant)})
+    whole = epsilon(ledger, delta, accountant)
+    rows.append({"what": "together", "steps": sum(e.steps for e in ledger.events), "epsilon": whole})
+    if out.form == "json":
+        answer = {"epsilon": whole, "delta": delta, "accountant": accountant, "target_epsilon": facts.target_epsilon}
+        out.json(answer | {"events": [vars(event) for event in ledger.events]})
+        return 0
+    columns = [
+        Column(key="what", title="released"),
+        Column(key="steps", title="times", right=True),
+        Column(key="epsilon", title="epsilon alone", show=number, right=True),
+    ]
+    out.table(Table(columns=columns, rows=rows, breaks=frozenset({1})))
+    left = f", {percent(whole / facts.target_epsilon)} of its target" if facts.target_epsilon else ""
+    out.note(f"{run.path} has spent epsilon {whole:.4g} at delta {delta:g}{left}.")
+    out.note("The ledger is written before noise is drawn: it never says less than was spent.")
+    return 0

@@ -1,0 +1,144 @@
+"""``dpquant train``: a private run from a configuration, into a folder that can be resumed and reported on."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpquant import report
+from dpquant.render import Output
+from dpquant.rundir import EpochRecord, RunFacts, RunFolder, load_run
+from emulation.errors import InputError
+
+if TYPE_CHECKING:
+    from dpquant.config import RunConfig
+
+SUMMARY = "Train privately from a configuration; resumable."
+EXAMPLES = """\
+examples:
+  dpquant train digits                                 a configuration that ships with dpquant
+  dpquant train my.yaml --out runs/mine --target-speedup 1.4
+  dpquant train digits --scheduler static --seed 1 --out runs/static-1
+  dpquant train --resume runs/mine                     go on where it stopped"""
+
+_OVERRIDES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
+    "target_speedup": (("schedule", "target_speedup"), float, "modelled speedup every epoch must meet"),
+    "fraction": (("schedule", "fraction"), float, "share of the layers to quantize instead of a target speedup"),
+    "scheduler": (("schedule", "scheduler"), str, "full, static, pls or dpquant"),
+    "hardware": (("hardware", "profile"), str, "hardware profile"),
+    "basis": (("hardware", "basis"), str, "peak or calibrated"),
+    "format": (("format",), str, "number format of the quantized layers"),
+    "epochs": (("training", "epochs"), int, "epochs"),
+    "target_epsilon": (("privacy", "target_epsilon"), float, "budget of training and analyses together"),
+    "data_root": (("data", "root"), str, "folder of the data set's files"),
+    "seed": (("seed",), int, "root of all random streams"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a shipped one: digits, ...")
+    parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/NAME-DATE-TIME")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    changes = parser.add_argument_group("in place of what the configuration says")
+    for name, (_, kind, text) in _OVERRIDES.items():
+        changes.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Run the command; returns its exit code."""
+    if (args.config is None) == (args.resume is None):
+        raise InputError("give a CONFIG, or --resume RUN", hint="dpquant train digits is the demonstration")
+    given = {name: value for name in _OVERRIDES if (value := getattr(args, name)) is not None}
+    if args.resume is not None and (given or args.out):
+        option = "--out" if args.out else f"--{next(iter(given)).replace('_', '-')}"
+        raise InputError(f"{option} cannot change a run that is resumed", hint="start a new one")
+    folder, facts, records = _resumed(args.resume, out) if args.resume else _started(args, given, out)
+    with folder:
+        _talk(records, facts, folder, out)
+    finished = load_run(folder.path)
+    if out.form == "json":
+        out.json(report.to_json(finished))
+    else:
+        out.show("", *report.report(finished, width=out.console().width))
+    out.say(f"run folder: {folder.path} (dpquant report {folder.path})")
+    return 0
+
+
+def _started(
+    args: argparse.Namespace, given: dict[str, Any], out: Output
+) -> tuple[RunFolder, RunFacts, Iterator[EpochRecord]]:
+    """A new run: everything that can be refused is, before its folder is made."""
+    config = _configuration(args.config, given)
+    from dpquant.train import prepare, train
+
+    out.say("preparing: data, workload, noise")
+    training = prepare(config)
+    path = Path(args.out) if args.out else _fresh_folder(config["name"])
+    folder = RunFolder.create(path, config=config.data, facts=training.facts)
+    return folder, training.facts, train(training, folder)
+
+
+def _resumed(path: str, out: Output) -> tuple[RunFolder, RunFacts, Iterator[EpochRecord]]:
+    from dpquant.config import load_config
+    from dpquant.train import prepare, train
+
+    folder = RunFolder.resume(path)
+    try:
+        state = folder.load_checkpoint()
+        out.say(f"resuming {path}")
+        training = prepare(load_config(Path(path) / "config.yaml"), root=state["engine"]["root"] if state else None)
+    except BaseException:
+        folder.close()
+        raise
+    return folder, training.facts, train(training, folder)
+
+
+def _configuration(path: str, given: dict[str, Any]) -> RunConfig:
+    from dpquant.config import load_config
+
+    overrides: dict[tuple[str | int, ...], Any] = {_OVERRIDES[name][0]: value for name, value in given.items()}
+    # the two exclude one another: the one given on the command line stands
+    if "target_speedup" in given and "fraction" not in given:
+        overrides[("schedule", "fraction")] = None
+    if "fraction" in given and "target_speedup" not in given:
+        overrides[("schedule", "target_speedup")] = None
+    if "target_epsilon" in given:
+        overrides[("privacy", "noise_multiplier")] = None
+    return load_config(path, overrides)
+
+
+def _fresh_folder(name: str) -> Path:
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(p for i in range(1000) if not (p := stem.with_name(stem.name + (f"-{i}" if i else ""))).exists())
+
+
+def _talk(records: Iterator[EpochRecord], facts: RunFacts, folder: RunFolder, out: Output) -> None:
+    """Print each epoch as it ends; on a terminal a bar shows what is left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    for line in (*report.opening(facts), report.LIVE_HEADER):
+        out.say(line)
+    console = out.console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=out.quiet or not console.is_terminal,
+    )
+    try:
+        with progress:
+            task = progress.add_task("training", total=facts.epochs, completed=len(folder.records()))
+            for record in records:
+                if not out.quiet:
+                    console.print(report.live_line(record, facts), soft_wrap=True)
+                progress.update(task, completed=record.epoch)
+    except KeyboardInterrupt:
+        out.say(f"stopped; go on with: dpquant train --resume {folder.path}")
+        raise
