@@ -61,11 +61,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         yield from _tensors(list(values.values()))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator of a forward pass and books it on the module that called it."""
 
     def __init__(self, batch_size: int, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.batch_size = batch_size
         self.layers: dict[str, _Layer] = {}
         self.stack: list[_Layer] = []

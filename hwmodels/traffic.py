@@ -8,28 +8,115 @@ from hwmodels.workload import Pass
 
 # Move no data, or too little to matter, or only make room.
 IGNORED = frozenset(
-    """detach empty empty_like empty_strided zeros zeros_like ones ones_like full full_like new_zeros new_empty
-    new_empty_strided new_full arange scalar_tensor fill_ zero_ lift_fresh alias is_same_size sym_size sym_numel
-    _local_scalar_dense nll_loss_forward nll_loss2d_forward requires_grad_ set_ resize_ linspace eye tril triu
-    expand view""".split()
+    [
+        "detach",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "full_like",
+        "new_zeros",
+        "new_empty",
+        "new_empty_strided",
+        "new_full",
+        "arange",
+        "scalar_tensor",
+        "fill_",
+        "zero_",
+        "lift_fresh",
+        "alias",
+        "is_same_size",
+        "sym_size",
+        "sym_numel",
+        "_local_scalar_dense",
+        "nll_loss_forward",
+        "nll_loss2d_forward",
+        "requires_grad_",
+        "set_",
+        "resize_",
+        "linspace",
+        "eye",
+        "tril",
+        "triu",
+        "expand",
+        "view",
+    ]
 )
 NORMS = frozenset(
-    """native_group_norm native_layer_norm native_batch_norm cudnn_batch_norm _native_batch_norm_legit
-    _batch_norm_with_update _fused_rms_norm""".split()
+    [
+        "native_group_norm",
+        "native_layer_norm",
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "_native_batch_norm_legit",
+        "_batch_norm_with_update",
+        "_fused_rms_norm",
+    ]
 )
-SOFTMAX = frozenset("_softmax _safe_softmax _log_softmax".split())
+SOFTMAX = frozenset(["_softmax", "_safe_softmax", "_log_softmax"])
 # Their gradient passes through: nothing is read or written.
-LINEAR = frozenset("add add_ sub sub_ neg rsub".split())
-SCALED = frozenset("mul div mul_ div_ masked_fill where bernoulli_ _to_copy".split())
+LINEAR = frozenset(["add", "add_", "sub", "sub_", "neg", "rsub"])
+SCALED = frozenset(["mul", "div", "mul_", "div_", "masked_fill", "where", "bernoulli_", "_to_copy"])
 COPIES = frozenset(
-    """cat stack clone copy_ constant_pad_nd repeat roll flip index select_scatter slice_scatter index_select gather
-    _to_copy im2col col2im reflection_pad2d replication_pad2d upsample_nearest2d upsample_bilinear2d pixel_shuffle
-    repeat_interleave split_with_sizes_copy scatter index_put""".split()
+    [
+        "cat",
+        "stack",
+        "clone",
+        "copy_",
+        "constant_pad_nd",
+        "repeat",
+        "roll",
+        "flip",
+        "index",
+        "select_scatter",
+        "slice_scatter",
+        "index_select",
+        "gather",
+        "_to_copy",
+        "im2col",
+        "col2im",
+        "reflection_pad2d",
+        "replication_pad2d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "pixel_shuffle",
+        "repeat_interleave",
+        "split_with_sizes_copy",
+        "scatter",
+        "index_put",
+    ]
 )
 REDUCTIONS = frozenset(
-    """mean sum amax amin max min var var_mean std logsumexp avg_pool2d avg_pool1d avg_pool3d _adaptive_avg_pool2d
-    _adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
-    linalg_vector_norm norm argmax argmin cumsum""".split()
+    [
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "var",
+        "var_mean",
+        "std",
+        "logsumexp",
+        "avg_pool2d",
+        "avg_pool1d",
+        "avg_pool3d",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "linalg_vector_norm",
+        "norm",
+        "argmax",
+        "argmin",
+        "cumsum",
+    ]
 )
 
 

@@ -1,0 +1,242 @@
+"""Time, energy and peak memory of one training step under a precision plan, before any device is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from emulation.errors import InputError, suggestion
+from emulation.formats import get_format
+from hwmodels.dpsgd import PHASE, PHASES, StepOptions, demand
+from hwmodels.memory import peak_memory_bytes
+from hwmodels.pricing import BOUNDS, HOST_S, Array, PriceList, price
+from hwmodels.profile import BASES, Basis, HardwareProfile
+from hwmodels.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One training step on one chip under one plan.
+
+    Attributes:
+        hardware: name of the profile.
+        basis: ``peak`` or ``calibrated``: which figures all the times rest on.
+        batch_size: examples of the step.
+        step_s: seconds of the step; the sum of ``phases`` and of ``layers``.
+        baseline_s: seconds of the same step (method, clipping, framework) with every layer in the baseline format.
+        speedup: ``baseline_s / step_s``.
+        energy_joules, baseline_energy_joules: of the board, idle power included; None where its power is not known.
+        peak_memory_bytes: parameters, gradients, optimizer state, what is kept for the backward pass and for clipping.
+        bound: what most of the time goes to: ``compute``, ``memory`` or ``launch``.
+        native: every format of the plan is one the chip's matrix unit takes.
+        phases: seconds per phase (``hwmodels.dpsgd.PHASES``).
+        layers: seconds per layer.
+        notes: formats timed as another or fallen back from, memory exceeded, and what the trace could not count.
+    """
+
+    hardware: str
+    basis: Basis
+    batch_size: int
+    step_s: float
+    baseline_s: float
+    speedup: float
+    energy_joules: float | None
+    baseline_energy_joules: float | None
+    peak_memory_bytes: int
+    bound: str
+    native: bool
+    phases: Mapping[str, float]
+    layers: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+
+class StepModel:
+    """The price of one step on one chip for every plan over the same formats.
+
+    Args:
+        workload: the step.
+        profile: the chip.
+        basis: ``calibrated`` or ``peak``; None takes ``calibrated`` where the profile has a calibration.
+        options: fields of ``StepOptions``.
+
+    Raises:
+        InputError: an unknown option, or ``calibrated`` on a chip without a calibration.
+    """
+
+    def __init__(
+        self, workload: Workload, profile: HardwareProfile, *, basis: Basis | None = None, **options: Any
+    ) -> None:
+        self.workload, self.profile = workload, profile
+        self.basis: Basis = checked_basis(profile, basis)
+        self.options = step_options(options)
+        self.names = tuple(layer.name for layer in workload.layers)
+        self.index = {name: index for index, name in enumerate(self.names)}
+        self._work = demand(workload, self.options)
+        self._lists: dict[str | None, PriceList] = {}
+
+    def prices(self, format_name: str | None) -> PriceList:
+        """Prices with every quantizable layer in a format (canonical name), or in the baseline for None."""
+        if format_name not in self._lists:
+            self._lists[format_name] = price(
+                self.workload, self._work, self.profile, self.options, self.basis, format_name
+            )
+        return self._lists[format_name]
+
+    def plan_formats(self, plan: Mapping[str, str]) -> dict[str, str]:
+        """The plan with canonical format names; raises InputError for a layer that cannot be quantized."""
+        for name in plan:
+            if name not in self.index or not self.workload.layers[self.index[name]].quantizable:
+                raise InputError(
+                    f"layer {name!r} of the plan is not quantizable",
+                    hint=suggestion(name, self.workload.quantizable) if self.workload.quantizable else None,
+                )
+        return {name: self.profile.rate(get_format(fmt)).format for name, fmt in plan.items()}
+
+    def mixed(self, plan: Mapping[str, str]) -> PriceList:
+        """The columns of a plan with canonical names, put together from the price lists."""
+        base = self.prices(None)
+        seconds, bounds, kernels = base.seconds.copy(), base.bounds.copy(), base.kernels.copy()
+        joules = None if base.joules is None else base.joules.copy()
+        for format_name in set(plan.values()):
+            columns = [self.index[name] for name, fmt in plan.items() if fmt == format_name]
+            found = self.prices(format_name)
+            seconds[:, columns], bounds[:, columns] = found.seconds[:, columns], found.bounds[:, columns]
+            kernels[columns] = found.kernels[columns]
+            if joules is not None and found.joules is not None:
+                joules[columns] = found.joules[columns]
+        return PriceList(seconds=seconds, bounds=bounds, kernels=kernels, joules=joules)
+
+    def waits(self, device_s: Array, kernels: Array) -> Array:
+        """Seconds that the device waits for an eager host, spread over the layers by their kernels."""
+        if not self.options.eager or not kernels.sum():
+            return np.zeros_like(kernels)
+        idle = max(0.0, float(kernels.sum()) * HOST_S - float(device_s.sum()))
+        shared: Array = idle * kernels / kernels.sum()
+        return shared
+
+    def step_s(self, plan: Mapping[str, str]) -> float:
+        """Seconds of the step under a plan with canonical format names."""
+        found = self.mixed(plan)
+        device = found.seconds.sum(0)
+        return float(device.sum() + self.waits(device, found.kernels).sum())
+
+    def estimate(self, plan: Mapping[str, str]) -> Estimate:
+        """The whole account of a plan."""
+        formats = self.plan_formats(plan)
+        found, base = self.mixed(formats), self.prices(None)
+        seconds, bounds = found.seconds.copy(), found.bounds.sum(1)
+        waits = self.waits(seconds.sum(0), found.kernels)
+        seconds[PHASE["launch"]] += waits
+        bounds[BOUNDS.index("launch")] += waits.sum()
+        base_waits = float(self.waits(base.seconds.sum(0), base.kernels).sum())
+        baseline_s, step_s = float(base.seconds.sum()) + base_waits, float(seconds.sum())
+        power = self.profile.power
+        memory = peak_memory_bytes(self.workload, formats, self.options)
+        energy = (
+            None if found.joules is None or power is None else float(found.joules.sum() + power.idle_w * waits.sum())
+        )
+        base_energy = (
+            None if base.joules is None or power is None else float(base.joules.sum()) + power.idle_w * base_waits
+        )
+        return Estimate(
+            hardware=self.profile.name,
+            basis=self.basis,
+            batch_size=self.workload.batch_size,
+            step_s=step_s,
+            baseline_s=baseline_s,
+            speedup=baseline_s / step_s,
+            energy_joules=energy,
+            baseline_energy_joules=base_energy,
+            peak_memory_bytes=memory,
+            bound=BOUNDS[int(np.argmax(bounds))],
+            native=all(self.profile.rate(fmt).native for fmt in formats.values()),
+            phases=dict(zip(PHASES, seconds.sum(1).tolist(), strict=True)),
+            layers=dict(zip(self.names, seconds.sum(0).tolist(), strict=True)),
+            notes=self._notes(formats, memory),
+        )
+
+    def _notes(self, formats: Mapping[str, str], memory: int) -> tuple[str, ...]:
+        notes = []
+        for name in dict.fromkeys((*formats.values(), get_format(self.options.baseline).name)):
+            rate = self.profile.rate(name)
+            if rate.falls_back_to:
+                notes.append(f"{name} falls back to {rate.falls_back_to} on {self.profile.name}: emulated at its rate")
+            elif rate.timed_as != name:
+                notes.append(f"{name} is timed as {rate.timed_as} on {self.profile.name}")
+        if memory > self.profile.memory.capacity_bytes:
+            capacity = self.profile.memory.capacity_bytes
+            notes.append(f"needs {memory / 1e9:.1f} GB of memory, {self.profile.name} has {capacity / 1e9:.1f} GB")
+        return (*notes, *(f"not counted: {what}" for what in self.workload.uncounted))
+
+
+def step_options(options: Mapping[str, Any]) -> StepOptions:
+    """``StepOptions`` from keywords, unknown ones refused with a hint."""
+    allowed = tuple(StepOptions.__dataclass_fields__)
+    for name in options:
+        if name not in allowed:
+            raise InputError(f"unknown option {name}={options[name]!r}", hint=suggestion(name, allowed))
+    return StepOptions(**options)
+
+
+def checked_basis(profile: HardwareProfile, basis: str | None) -> Basis:
+    """The basis to use: the one asked for, or the calibrated one where the profile has a calibration."""
+    if basis is None:
+        return "calibrated" if profile.calibration is not None else "peak"
+    if basis not in BASES:
+        raise InputError(f"unknown basis={basis!r}", hint=suggestion(basis, BASES))
+    if basis == "calibrated" and profile.calibration is None:
+        raise InputError(
+            f"{profile.name} has no calibration", hint="basis='peak' gives the roofline on published peaks"
+        )
+    return "calibrated" if basis == "calibrated" else "peak"
+
+
+def estimate(
+    workload: Workload,
+    plan: Mapping[str, str],
+    profile: HardwareProfile,
+    *,
+    method: str = "dp-sgd",
+    clipping: str = "bookkeeping",
+    baseline: str = "bfloat16",
+    basis: Basis | None = None,
+    framework: str = "fused",
+    optimizer: str = "sgd",
+    physical_batch_size: int | None = None,
+) -> Estimate:
+    """Model one training step.
+
+    A quantized layer's three products, and the products of its per-example norms, run at its format's rate; its
+    operands are quantized first. Everything else runs in the baseline format, clipping and noise in float32.
+
+    Args:
+        workload: from ``trace``.
+        plan: layer name -> format; the layers that are not in it run in the baseline format.
+        profile: the chip.
+        method: ``dp-sgd`` or ``sgd``.
+        clipping: ``bookkeeping``, ``hooks``, ``ghost`` or ``mixed``.
+        baseline: format of what is not quantized.
+        basis: ``peak``: roofline on published peaks, no fixed costs; ``calibrated``: fitted to measurements. None:
+            calibrated where the profile has a calibration.
+        framework: ``fused``: fused kernels; ``eager``: a kernel per operation, launched by a Python host.
+        optimizer: ``sgd``, ``momentum`` or ``adam``.
+        physical_batch_size: most examples of one pass; None: the whole batch at once.
+
+    Raises:
+        InputError: an unknown layer, format, option or basis, or a format that the chip has no rate for.
+    """
+    model = StepModel(
+        workload,
+        profile,
+        basis=basis,
+        method=method,
+        clipping=clipping,
+        baseline=baseline,
+        framework=framework,
+        optimizer=optimizer,
+        physical_batch_size=physical_batch_size,
+    )
+    return model.estimate(plan)
