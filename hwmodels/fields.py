@@ -178,11 +178,15 @@ def _check_one_of(value: Any, field: OneOf, path: KeyPath, document: Document, f
         hint = next(filter(None, (_type_hint(value, option) for option in field.options)), None)
         found.append(document.error(path, f"{_shown(path, value)} is not {expected}", hint=hint))
         return
-    attempts: list[list[InputError]] = [[] for _ in fitting]
-    for option, attempt in zip(fitting, attempts, strict=True):
-        _check(value, option, path, document, attempt)
-    fewest = min(len(attempt) for attempt in attempts)
-    found += next(attempt for attempt in attempts if len(attempt) == fewest)
+    _check(value, min(fitting, key=lambda option: _misfit(value, option)), path, document, found)
+
+
+def _misfit(value: Any, field: Field) -> int:
+    """How many keys of a mapping are not those that ``field`` has: which of several kinds of mapping was meant."""
+    if not isinstance(field, Fields):
+        return 0
+    missing = [key for key, entry in field.entries.items() if entry.required and key not in value]
+    return len(missing) + sum(key not in field.entries for key in value)
 
 
 def _has_type(value: Any, field: Field) -> bool:

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format, get_format
+from hwmodels.calibration import GemmCalibration, calibration_from
+from hwmodels.gemm import gemm_seconds
 from hwmodels.profile_lints import family_lints
 from hwmodels.profile_yaml import family_of, find_profile, profile_files, read_profile
 from hwmodels.strict_yaml import Document, InputErrors, dotted, raise_all
-
-if TYPE_CHECKING:
-    from hwmodels.gemm import GemmCalibration
 
 Basis = Literal["calibrated", "peak"]
 BASES: tuple[Basis, ...] = ("calibrated", "peak")
@@ -178,8 +177,6 @@ class HardwareProfile:
         if self.calibration is None:
             hint = "basis='peak' gives the roofline on published peaks"
             raise InputError(f"{self.name} has no calibration", hint=hint)
-        from hwmodels.gemm import gemm_seconds
-
         return float(gemm_seconds(m, n, k, params=self.calibration, rate=rate, profile=self))
 
     def _roofline_seconds(self, m: int, n: int, k: int, rate: FormatRate) -> float:
@@ -313,8 +310,6 @@ def _calibration(
             block, name = other.data.get("calibration"), file.stem
             if not isinstance(block, dict) or "from" in block:
                 raise InputError(f"{name} has no calibration of its own", hint="name the profile that was measured")
-        from hwmodels.gemm import calibration_from
-
         return calibration_from(block), name
     except InputError as error:
         raise document.error(path, f"{dotted(path)}: {error}", hint=error.hint) from None

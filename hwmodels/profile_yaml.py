@@ -15,7 +15,8 @@ from typing import Any
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import FORMATS
-from hwmodels.fields import Anything, Fields, Flag, Items, Number, OneOf, Table, Text, json_schema, problems
+from hwmodels.calibration import CALIBRATION_FIELDS
+from hwmodels.fields import Fields, Flag, Items, Number, OneOf, Table, Text, json_schema, problems
 from hwmodels.profile_lints import LINTS, lints
 from hwmodels.strict_yaml import Document, KeyPath, read_yaml
 
@@ -126,10 +127,7 @@ PROFILE = Fields(
             keys=tuple(FORMATS),
             value=OneOf(options=(_OWN_RATE, _TIMED_AS, _FALLS_BACK)),
         ),
-        "calibration": Anything(
-            doc="fitted parameters of the GEMM and energy models, or {from: NAME} to take another chip's",
-            required=False,
-        ),
+        "calibration": CALIBRATION_FIELDS,
         "accepted": Table(
             doc="lint -> why what it finds is true of this chip",
             required=False,
