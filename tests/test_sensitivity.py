@@ -84,6 +84,7 @@ def test_ladders_of_formats_are_policies_too(net):
     assert found[:, 0].abs().mean() > found[:, 1].abs().mean()  # four bits hurt more than eight
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # Opacus's hooks, at the layer that meets the data
 @pytest.mark.parametrize("wrap", ["plain", "hooks", "bookkeeping"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_probe_leaves_no_trace(net, wrap, fails):
