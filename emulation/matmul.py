@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -170,3 +174,13 @@ def _fits(values: Tensor, fmt: NumberFormat) -> Tensor:
     if not fmt.signed:
         fits &= values > 0
     return fits | values.isnan() if fmt.has_nan else fits
+
+
+class _CallableModule(ModuleType):
+    """``emulation.matmul`` names a function and this module, which hides it once imported: both can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return matmul(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
