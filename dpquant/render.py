@@ -154,7 +154,7 @@ def si(value: float, unit: str, digits: int = 3) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g} {unit}"
     size = abs(value)
-    scales = _PREFIXES if size >= 1e3 else _SMALL
+    scales = (*_PREFIXES, *_SMALL)
     factor, prefix = next(((f, p) for f, p in scales if size >= f * (1 - 0.5 * 10.0**-digits)), scales[-1])
     return f"{significant(value / factor, digits)} {prefix}{unit}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,8 @@ class Summary:
     speedup_calibrated: float | None
     time_s: float
     baseline_time_s: float
-    energy_joules: float
-    baseline_energy_joules: float
+    energy_joules: float | None
+    baseline_energy_joules: float | None
     quantized_share: float
     """Mean share of the quantizable layers that were quantized."""
     test_accuracy: float | None
@@ -61,8 +61,8 @@ def summarize(facts: RunFacts, records: Sequence[EpochRecord]) -> Summary:
         speedup_calibrated=sum(n for n, _ in calibrated) / inverse if inverse else None,
         time_s=time,
         baseline_time_s=baseline,
-        energy_joules=sum(r.steps * r.energy_joules for r in records),
-        baseline_energy_joules=sum(r.steps * r.baseline_energy_joules for r in records),
+        energy_joules=_total([(r.steps, r.energy_joules) for r in records]),
+        baseline_energy_joules=_total([(r.steps, r.baseline_energy_joules) for r in records]),
         quantized_share=sum(len(r.quantized) for r in records) / max(1, len(records) * len(facts.layers)),
         test_accuracy=last.test_accuracy if last else None,
         test_loss=last.test_loss if last else None,
@@ -71,6 +71,12 @@ def summarize(facts: RunFacts, records: Sequence[EpochRecord]) -> Summary:
         nonfinite_examples=sum(r.nonfinite_examples for r in records),
         wall_s=sum(r.wall_s for r in records),
     )
+
+
+def _total(parts: Sequence[tuple[int, float | None]]) -> float | None:
+    """Steps times energy, None where any energy is not known."""
+    known = [steps * energy for steps, energy in parts if energy is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 # --- while it runs
@@ -96,12 +102,13 @@ LIVE_HEADER = "  epoch  layers  speedup  energy    loss  accuracy  epsilon   tim
 
 def live_line(record: EpochRecord, facts: RunFacts) -> str:
     """One epoch on one line of at most 80 characters, under `LIVE_HEADER`."""
-    energy = record.energy_joules / record.baseline_energy_joules if record.baseline_energy_joules else math.nan
+    ratio = _ratio(record.energy_joules, record.baseline_energy_joules)
+    energy = "-" if ratio is None else percent(ratio)
     loss = "-" if record.test_loss is None else f"{record.test_loss:.3f}"
     accuracy = "-" if record.test_accuracy is None else percent(record.test_accuracy)
     epoch, layers = f"{record.epoch}/{facts.epochs}", f"{len(record.quantized)}/{len(facts.layers)}"
     return (
-        f"{epoch:>7}  {layers:>6}  {record.speedup:>6.2f}x  {percent(energy):>6}  {loss:>6}  {accuracy:>8}  "
+        f"{epoch:>7}  {layers:>6}  {record.speedup:>6.2f}x  {energy:>6}  {loss:>6}  {accuracy:>8}  "
         f"{record.epsilon:>7.3f}  {duration(record.wall_s):>6}"
     )
 
@@ -135,7 +142,7 @@ def schedule_map(facts: RunFacts, records: Sequence[EpochRecord], width: int = 8
     names = [_cut(name, _NAME_WIDTH) for name in facts.layers]
     label = max(map(len, names), default=0)
     sensitivities = next((r.sensitivities for r in reversed(records) if r.sensitivities), None)
-    room = max(10, width - label - 2 - 7 - (13 if sensitivities else 0))
+    room = max(10, width - label - 2 - 7 - (14 if sensitivities else 0))
     groups = _groups(len(records), room)
     lines = []
     for name, shown in zip(facts.layers, names, strict=True):
@@ -149,7 +156,7 @@ def schedule_map(facts: RunFacts, records: Sequence[EpochRecord], width: int = 8
             line += f"  {sensitivities.get(name, math.nan):>11.3g}"
         lines.append(line)
     head = f"{'':<{label}}  {_axis(groups, records)}  often"
-    key = f"{_QUANTIZED} quantized ({facts.format}), {_FULL} full precision"
+    key = f"{_QUANTIZED} quantized ({facts.format}), {_FULL} not"
     if groups and groups[0][1] - groups[0][0] > 1:
         key += f"; a column is {groups[0][1] - groups[0][0]} epochs"
     return [head + ("  sensitivity" if sensitivities else ""), *lines, key]
@@ -197,7 +204,9 @@ def cost_table(facts: RunFacts, summary: Summary) -> Table:
     )
 
 
-def _against(what: str, run: float, full: float, show: Any) -> dict[str, Any]:
+def _against(what: str, run: float | None, full: float | None, show: Callable[[float], str]) -> dict[str, Any]:
+    if run is None or full is None:
+        return {"what": what}
     return {"what": what, "run": show(run), "full": show(full), "ratio": percent(1 - run / full) if full else None}
 
 
@@ -323,8 +332,8 @@ def comparison(runs: Sequence[Run]) -> Table:
     return Table(columns=columns, rows=rows, best=-max(known)[1] if known else None)
 
 
-def _ratio(a: float, b: float) -> float | None:
-    return a / b if b else None
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def to_json(run: Run) -> dict[str, Any]:

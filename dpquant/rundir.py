@@ -51,8 +51,9 @@ class EpochRecord:
     """Modelled seconds of one step in the baseline format."""
     speedup: float
     """Baseline time over this epoch's time, analyses included, on the run's basis."""
-    energy_joules: float
-    baseline_energy_joules: float
+    energy_joules: float | None
+    """None where the chip's power is not known."""
+    baseline_energy_joules: float | None
     steps: int
     """Optimizer steps taken in this epoch."""
     noise_multiplier: float
