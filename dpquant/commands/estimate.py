@@ -1,0 +1,387 @@
+"""``dpquant estimate``: which chip, which format, what speedup, what energy, does it fit, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dpquant.render import Column, Output, Table, gibibytes, joules, number, percent, seconds, speedup
+from emulation.errors import InputError, suggestion
+from emulation.formats import get_format
+from hwmodels.profile import HardwareProfile, list_profiles, load_profile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dpquant.estimates import Row
+    from hwmodels.workload import Workload
+
+SUMMARY = "Speedup, energy and memory of a model per chip and format, from no device at all."
+EXAMPLES = """\
+examples:
+  dpquant estimate --model resnet18 --input 3x32x32 --batch-size 1024 --hardware h100,b200 --format fp8,nvfp4
+  which chip is best for ResNet-50 at batch 4096 under 400 W?
+      dpquant estimate --model resnet50 --batch-size 4096 --max-power 400
+  why is fp8 slower than bf16 for my model on H100?
+      dpquant estimate --model my_package.models:MyNet --input 3x64x64 --hardware h100 --format fp8 --explain
+  where does the time go?
+      dpquant estimate --model gpt2 --hardware b200 --format nvfp4 --by phase     (or --by layer)"""
+
+# What is compared where no format is named: these, as far as the chip's matrix unit takes them itself.
+_USUAL = ("float8_e4m3fn", "float8_e4m3fnuz", "mxfp8_e4m3", "mxfp4_e2m1", "nvfp4")
+
+
+def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    what = parser.add_argument_group("what is trained")
+    what.add_argument(
+        "--model",
+        metavar="NAME",
+        help="resnet18, resnet50, gpt2, ...; or package.module:function, which is imported and called",
+    )
+    what.add_argument(
+        "--model-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="such as stem=cifar or num_classes=100; may be repeated",
+    )
+    what.add_argument("--input", metavar="CxHxW", help="shape of one example; default: the model's usual one")
+    what.add_argument("--batch-size", type=int, default=256, help="examples of one step (default: %(default)s)")
+    what.add_argument("--physical-batch-size", type=int, metavar="N", help="most examples of one pass; default: all")
+    what.add_argument("--method", choices=("dp-sgd", "sgd"), default="dp-sgd", help="default: %(default)s")
+    what.add_argument(
+        "--clipping",
+        choices=("bookkeeping", "hooks", "ghost", "mixed"),
+        default="bookkeeping",
+        help="default: %(default)s",
+    )
+    what.add_argument("--optimizer", choices=("sgd", "momentum", "adam"), default="sgd", help="default: %(default)s")
+    where = parser.add_argument_group("on what")
+    where.add_argument("--hardware", metavar="NAME,...", help="profiles or YAML files; default: all profiles")
+    where.add_argument("--hardware-dir", metavar="DIR", help="a folder of your own profiles, looked up first")
+    where.add_argument("--max-power", type=float, metavar="W", help="only chips with a power limit of at most this")
+    where.add_argument("--price", metavar="NAME=USD,...", help="US dollars per hour, to compare cost")
+    where.add_argument(
+        "--format",
+        metavar="NAME,...",
+        help="formats of the quantized layers; default: the 8 and 4 bit ones that a chip takes natively",
+    )
+    where.add_argument("--baseline", metavar="NAME", default="bfloat16", help="full precision (default: %(default)s)")
+    where.add_argument(
+        "--basis",
+        choices=("peak", "calibrated"),
+        help="published peaks, or fitted to measurements; default: calibrated where there is a calibration",
+    )
+    where.add_argument(
+        "--framework",
+        choices=("fused", "eager"),
+        default="fused",
+        help="fused kernels, or a kernel per operation (default: %(default)s)",
+    )
+    how = parser.add_argument_group("how much is quantized")
+    how.add_argument(
+        "--fraction",
+        type=float,
+        metavar="SHARE",
+        help="this share of the layers, those that gain most first; default: all",
+    )
+    how.add_argument(
+        "--target-speedup",
+        type=float,
+        metavar="X",
+        help="as few layers as reach this speedup; exit code 1 where none does",
+    )
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--by", choices=("layer", "phase"), help="where the time goes; the parts add up to the step")
+    shown.add_argument(
+        "--explain", action="store_true", help="in words: what bounds each step, and what would help most"
+    )
+    shown.add_argument("--csv", action="store_true", help="print CSV")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Run the command; returns its exit code."""
+    from dpquant import estimates
+
+    estimates.check_targets(args.fraction, args.target_speedup)
+    profiles = _profiles(args)
+    formats = {profile.name: _formats(args, profile, out) for profile in profiles}
+    prices = _prices(args.price, profiles)
+    workload = _workload(args, out)
+    options = {
+        name: getattr(args, name)
+        for name in ("method", "clipping", "baseline", "basis", "framework", "optimizer", "physical_batch_size")
+    }
+    asked = estimates.Asked(share=args.fraction, target_speedup=args.target_speedup, prices=prices, options=options)
+    found = list(estimates.rows(workload, profiles, formats, asked))
+    if args.hardware is None:
+        found.sort(key=lambda row: row.estimate.step_s)
+    if not found:
+        raise InputError("no chip takes any of these formats", hint="name them with --hardware and --format")
+    if out.form == "json":
+        out.json({"schema": 1, "rows": [row.to_json() for row in found]})
+    elif args.by:
+        _show_parts(args.by, found, out)
+    else:
+        _show_rows(found, workload, out)
+    if args.explain and out.form == "text":
+        named = {profile.name: profile for profile in profiles}
+        for row in found:
+            out.show("")
+            for line in estimates.explain(row, named[row.hardware], workload, asked):
+                out.show(line)
+    return 1 if args.target_speedup is not None and not any(row.reached for row in found) else 0
+
+
+def _profiles(args: argparse.Namespace) -> list[HardwareProfile]:
+    names = _words(args.hardware, "--hardware") if args.hardware else list_profiles(args.hardware_dir)
+    found = [load_profile(name, args.hardware_dir) for name in dict.fromkeys(names)]
+    if args.max_power is not None:
+        found = [p for p in found if p.power is not None and p.power.limit_w <= args.max_power]
+        if not found:
+            raise InputError(f"no chip of these has a power limit of at most {args.max_power:g} W")
+    return found
+
+
+def _formats(args: argparse.Namespace, profile: HardwareProfile, out: Output) -> list[str]:
+    """The formats to compare on a chip: those asked for, or what its matrix unit takes itself."""
+    if not args.format:
+        return [name for name in _USUAL if name in profile.formats and profile.formats[name].native] or [args.baseline]
+    names = list(dict.fromkeys(get_format(name).name for name in _words(args.format, "--format")))
+    if args.hardware is None:
+        missing = [name for name in names if name not in profile.formats]
+        if missing:
+            out.say(f"left out: {', '.join(missing)} on {profile.name}, which has no rate for it")
+        return [name for name in names if name in profile.formats]
+    for name in names:
+        profile.rate(name)
+    return names
+
+
+def _words(text: str, option: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise InputError(f"{option} {text!r} holds an empty name", hint="separate names by single commas")
+    return words
+
+
+def _prices(text: str | None, profiles: Sequence[HardwareProfile]) -> dict[str, float]:
+    prices = {}
+    for word in _words(text, "--price") if text else []:
+        name, _, value = word.partition("=")
+        known = [profile.name for profile in profiles]
+        if name not in known:
+            raise InputError(f"--price names {name!r}, which is not compared", hint=suggestion(name, known))
+        try:
+            prices[name] = float(value)
+        except ValueError:
+            prices[name] = -1.0
+        if not 0 < prices[name] < float("inf"):
+            raise InputError(f"--price {word!r} holds no price", hint="US dollars per hour, such as h100=2.5")
+    return prices
+
+
+# --- the model
+
+
+def _workload(args: argparse.Namespace, out: Output) -> Workload:
+    from hwmodels.workload import check_batch_size, trace
+
+    if args.model is None:
+        from dpquant.models import MODELS
+
+        raise InputError("no --model given", hint=f"one of {', '.join(MODELS)}, or package.module:function")
+    check_batch_size(args.batch_size)
+    shape = _shape(args.input)
+    options = dict(_option(word) for word in args.model_option)
+    if ":" in args.model:
+        module, example = _imported(args.model, shape, options, out)
+    else:
+        module, example = _shipped(args.model, shape, options, out)
+    return trace(module, example, args.batch_size)
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(size) for size in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1 or max(shape) > 2**20:
+        raise InputError(f"--input {text!r} is no shape", hint="sizes joined by x, without the batch: 3x32x32")
+    return shape
+
+
+def _option(word: str) -> tuple[str, Any]:
+    key, equals, value = word.partition("=")
+    if not equals or not key.isidentifier():
+        raise InputError(f"--model-option {word!r} is not KEY=VALUE", hint="such as stem=cifar")
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _shipped(name: str, shape: tuple[int, ...] | None, options: dict[str, Any], out: Output) -> tuple[nn.Module, Any]:
+    """A model of the project on the meta device, its input channels and size as the example has them."""
+    import inspect
+
+    import torch
+
+    from dpquant.models import MODELS, build_model, example_input
+
+    example = example_input(name, shape)
+    takes = inspect.signature(MODELS[name]).parameters
+    if example.dim() == 4:
+        for key, value in (("in_channels", example.shape[1]), ("image_size", example.shape[-1])):
+            if key in takes:
+                options.setdefault(key, value)
+        if "stem" in takes and "stem" not in options and example.shape[-1] <= 64:
+            out.say(f"note: {name} with its ImageNet stem; --model-option stem=cifar for the one of small images")
+    with torch.device("meta"):
+        return build_model(name, **options), example
+
+
+def _imported(name: str, shape: tuple[int, ...] | None, options: dict[str, Any], out: Output) -> tuple[nn.Module, Any]:
+    """What ``package.module:function`` gives when called: the one place where a name is imported and run."""
+    import torch
+    from torch import nn
+
+    if shape is None:
+        raise InputError(f"--model {name} needs --input", hint="shape of one example, such as 3x32x32")
+    module_name, _, function = name.partition(":")
+    out.say(f"importing {module_name} and calling {function}({', '.join(f'{k}={v!r}' for k, v in options.items())})")
+    sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module_name), function)(**options)
+    except Exception as error:
+        detail = " ".join(str(error).split())
+        raise InputError(
+            f"--model {name}: {type(error).__name__}: {detail}", hint="is it importable from here?"
+        ) from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(made, nn.Module):
+        raise InputError(f"--model {name} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made, torch.empty(1, *shape, device="meta")
+
+
+# --- what is shown
+
+
+def _show_rows(found: Sequence[Row], workload: Workload, out: Output) -> None:
+    from dpquant.estimates import fastest
+
+    best = fastest(found)
+    rows = [row.to_json() for row in found]
+    columns = [
+        Column(key="hardware", title="hardware"),
+        Column(key="format", title="format"),
+        Column(key="step_s", title="step", show=seconds, right=True),
+        Column(key="speedup", title="speedup", show=speedup, right=True),
+        Column(key="energy_joules", title="energy", show=joules, right=True),
+        Column(key="peak_memory_bytes", title="memory", show=gibibytes, right=True),
+        Column(key="bound", title="bound", spare=True),
+        Column(key="native", title="native", show=lambda v: "yes" if v else "no", spare=True),
+        Column(key="basis", title="basis", spare=True),
+        Column(key="max_speedup", title="at most", show=speedup, right=True, spare=True),
+        Column(key="largest_batch", title="max batch", show=number, right=True, spare=True),
+        Column(key="quantized", title="layers", right=True, spare=True),
+    ]
+    if any(row.usd_per_hour is not None for row in found):
+        price = Column(key="usd_per_million_examples", title="$/1M", show=lambda v: f"{v:.3g}", right=True)
+        columns.insert(5, price)
+    if out.form == "csv":
+        columns = [Column(key=key, title=key) for key in found[0].to_json() if key not in ("phases", "layers", "notes")]
+    out.table(Table(columns=columns, rows=rows, best=best))
+    out.note(_interpretation(found, best, workload))
+    out.note(_trust(found))
+    for note in dict.fromkeys(note for row in found for note in row.estimate.notes):
+        out.say(f"note: {note}")
+
+
+def _interpretation(found: Sequence[Row], best: int | None, workload: Workload) -> str:
+    if best is None:
+        most = max((row.largest_batch or 0 for row in found), default=0)
+        return f"A batch of {workload.batch_size} fits into the memory of none of these; at most {most} does."
+    row = found[best]
+    slower = sum(r.estimate.speedup < 1 for r in found)
+    text = (
+        f"Fastest: {row.hardware} with {row.format}, {seconds(row.estimate.step_s)} a step, "
+        f"{row.estimate.speedup:.2f}x over {seconds(row.estimate.baseline_s)} in full precision there"
+    )
+    if slower:
+        text += f"; {slower} of {len(found)} rows are slower than full precision (--explain says why)"
+    if unmet := sum(r.reached is False for r in found):
+        text += f"; {unmet} of {len(found)} miss the target speedup"
+    if not all(r.fits for r in found):
+        text += f"; {sum(not r.fits for r in found)} do not fit into memory"
+    return text + "."
+
+
+def _trust(found: Sequence[Row]) -> str:
+    bases = {row.estimate.basis for row in found}
+    if bases == {"peak"}:
+        return "Peak basis: a roofline on published rates, which kernels do not reach; an upper bound, not a forecast."
+    if bases == {"calibrated"}:
+        return "Calibrated basis: fitted to measured kernels; `dpquant hardware show NAME` gives its held-out error."
+    return "Rows on the peak basis are upper bounds from published rates; do not rank them against calibrated ones."
+
+
+def _show_parts(by: str, found: Sequence[Row], out: Output) -> None:
+    """Seconds per phase or layer, beside full precision; the last line is the sum."""
+    rows: list[dict[str, Any]] = []
+    breaks = set()
+    for row in found:
+        now, before = (
+            (row.estimate.phases, row.baseline.phases) if by == "phase" else (row.estimate.layers, row.baseline.layers)
+        )
+        shared = {"hardware": row.hardware, "format": row.format}
+        for name, value in now.items():
+            if value or before[name]:
+                rows.append(shared | _part(by, name, value, before[name], row))
+        breaks.add(len(rows) - 1)
+        total = _part(by, "total", sum(now.values()), sum(before.values()), row)
+        rows.append(shared | total)
+        breaks.add(len(rows) - 1)
+    several = len(found) > 1
+    columns = [
+        *(
+            [Column(key="hardware", title="hardware"), Column(key="format", title="format")]
+            if several or out.form == "csv"
+            else []
+        ),
+        Column(key=by, title=by, wrap=True),
+        Column(key="step_s", title="seconds", show=seconds, right=True),
+        Column(key="share", title="share", show=percent, right=True),
+        Column(key="baseline_s", title="full precision", show=seconds, right=True),
+        Column(key="speedup", title="speedup", show=speedup, right=True),
+        *([Column(key="in_format", title="runs in")] if by == "layer" else []),
+    ]
+    out.table(Table(columns=columns, rows=rows, breaks=frozenset(breaks)))
+    slow = [r[by] for r in rows if r["speedup"] is not None and r["speedup"] < 1 and r[by] != "total"]
+    text = (
+        f"Slower than in full precision: {', '.join(dict.fromkeys(slow))}."
+        if slow
+        else "Nothing here is slower than in full precision."
+    )
+    out.note(text if len(text) < 400 else f"{len(slow)} entries are slower than in full precision.")
+    out.note(_trust(found))
+
+
+def _part(by: str, name: str, value: float, before: float, row: Row) -> dict[str, Any]:
+    return {
+        by: name,
+        "step_s": value,
+        "share": value / row.estimate.step_s,
+        "baseline_s": before,
+        "speedup": before / value if value and before else None,
+        "in_format": row.plan.get(name) if name != "total" else None,
+    }
