@@ -218,7 +218,9 @@ def check(path: str | Path, hardware_dir: str | Path | None = None) -> list[Inpu
     """
     try:
         document, found = read_profile(path, hardware_dir)
-        raise_all(found or family_lints(document, family_of(document)))
+        if isinstance(document.data, dict):
+            found += family_lints(document, family_of(document))
+        raise_all(found)
         _built(document, hardware_dir)
     except InputErrors as errors:
         return list(errors.errors)

@@ -18,7 +18,7 @@ from emulation.formats import FORMATS
 from hwmodels.calibration import CALIBRATION_FIELDS
 from hwmodels.fields import Fields, Flag, Items, Number, OneOf, Table, Text, json_schema, problems
 from hwmodels.profile_lints import LINTS, lints
-from hwmodels.strict_yaml import Document, KeyPath, read_yaml
+from hwmodels.strict_yaml import Document, KeyPath, dotted, raise_all, read_yaml
 
 STATUSES = ("measured", "fitted", "published", "derived", "assumed")
 MATRIX_UNITS = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "cdna3")
@@ -169,7 +169,7 @@ def find_profile(
             them, so that one's own ``h100.yaml`` may extend the shipped ``h100``.
     """
     text = str(name_or_path)
-    if isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text:
+    if isinstance(name_or_path, Path) or _is_path(text):
         return beside[-1].parent / name_or_path if beside else Path(name_or_path)
     known: dict[str, Path] = {}
     for folder in (hardware_dir, None):
@@ -178,6 +178,10 @@ def find_profile(
             if _key(name) == _key(text) and file.resolve() not in [other.resolve() for other in beside]:
                 return file
     raise InputError(f"unknown hardware {text!r}", hint=suggestion(text, known | profile_files(hardware_dir)))
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or "/" in text
 
 
 def _key(name: str) -> str:
@@ -191,22 +195,33 @@ def read_profile(name_or_path: str | Path, hardware_dir: str | Path | None = Non
 
 def _read(file: Path, hardware_dir: str | Path | None, above: tuple[Path, ...]) -> tuple[Document, list[InputError]]:
     document = read_yaml(file)
-    variant = isinstance(document.data, dict) and "extends" in document.data
-    found = problems(document, VARIANT if variant else PROFILE)
-    if not variant or found:
-        return document, found or _cross_checks(document)
+    if not isinstance(document.data, dict) or "extends" not in document.data:
+        return document, _all_problems(document)
     above = (*above, file)
     try:
         if len(above) > EXTENDS_LIMIT:
             raise InputError(f"more than {EXTENDS_LIMIT} files, one extending the other")
+        if not isinstance(document.data["extends"], str):
+            return document, problems(document, VARIANT)
         base_file = find_profile(document.data["extends"], hardware_dir, beside=above)
         base, found = _read(base_file, hardware_dir, above)
+        raise_all(found)
     except InputError as error:
-        raise document.error(("extends",), f"extends: {error}", hint=error.hint) from None
-    if found:
-        return document, found
-    merged = merge(base, document, base_name=base_file.stem)
-    return merged, problems(merged, PROFILE) or _cross_checks(merged)
+        here = document.error(("extends",), f"extends: {error}", hint=error.hint)
+        return document, [*problems(document, VARIANT), here]
+    by_path = _is_path(document.data["extends"])
+    merged = merge(base, document, base_name=str(base_file.resolve()) if by_path else base_file.stem)
+    return merged, _all_problems(merged)
+
+
+def _all_problems(document: Document) -> list[InputError]:
+    """Problems of the fields, then of what hangs together, where the fields' own check did not speak of that line."""
+    found = problems(document, PROFILE)
+    if isinstance(document.data, dict):
+        said = {(error.file, error.line) for error in found}
+        more = [*_unknown_tags(document), *_dangling_formats(document), *lints(document)]
+        found += [error for error in more if (error.file, error.line) not in said]
+    return found
 
 
 def merge(base: Document, child: Document, *, base_name: str) -> Document:
@@ -214,67 +229,58 @@ def merge(base: Document, child: Document, *, base_name: str) -> Document:
 
     A calibration belongs to the chip that it was fitted on: a variant without one takes its base's, and says so.
     """
-    data, lines, files = dict(base.data), dict(base.lines), dict(base.files)
-    files |= {path: base.file for path in lines if path not in files}
-
-    def put(path: KeyPath, target: dict[str, Any], value: Any) -> None:
-        for stale in [known for known in lines if known[: len(path)] == path]:
-            del lines[stale], files[stale]
-        target[str(path[-1])] = value
-        for known, line in child.lines.items():
-            if known[: len(path)] == path:
-                lines[known], files[known] = line, child.file
-
-    if "calibration" in data and "calibration" not in child.data:
-        inherited = data["calibration"]
-        if not (isinstance(inherited, dict) and "from" in inherited):
-            data["calibration"] = {"from": base_name}
-    data.pop("accepted", None)
+    data = dict(base.data)
+    data.pop("accepted", None)  # what was true of the base need not be of the variant
+    if "calibration" in data and "from" not in data["calibration"]:
+        data["calibration"] = {"from": base_name}
+    replaced: set[KeyPath] = set()
     for name, value in child.data.items():
-        if name in ("formats", "sources") and isinstance(data.get(name), dict):
-            data[name] = dict(data[name])
-            for key, entry in value.items():
-                put((name, key), data[name], entry)
+        if name in ("formats", "sources") and isinstance(value, dict):
+            data[name] = data[name] | value
+            replaced |= {(name, key) for key in value}
         elif name != "extends":
-            put((name,), data, value)
-    data.pop("extends", None)
-    lines[()], files[()] = 1, child.file
-    return Document(file=child.file, data=data, lines=lines, files=files)
+            data[name] = value
+            replaced.add((name,))
 
+    def from_child(path: KeyPath) -> bool:
+        return path == () or path[:1] in replaced or path[:2] in replaced
 
-def _cross_checks(document: Document) -> list[InputError]:
-    return [*_unknown_tags(document), *_dangling_formats(document), *lints(document)]
+    lines = {path: line for path, line in base.lines.items() if not from_child(path)}
+    files = {path: base.files.get(path, base.file) for path in lines}
+    lines |= {path: line for path, line in child.lines.items() if from_child(path)}
+    return Document(file=child.file, data=data, lines=lines, files=files, problems=child.problems)
 
 
 def _unknown_tags(document: Document) -> list[InputError]:
+    tags = document.data.get("sources")
     found: list[InputError] = []
 
     def walk(value: Any, path: KeyPath) -> None:
-        if not isinstance(value, dict):
-            return
-        if "source" in value and "status" in value:
-            tags = value["source"] if isinstance(value["source"], list) else [value["source"]]
-            for tag in tags:
-                if tag not in document.data["sources"]:
-                    hint = suggestion(tag, document.data["sources"])
-                    found.append(document.error((*path, "source"), f"source {tag!r} is not in `sources`", hint=hint))
-        for key, item in value.items():
-            if key != "calibration":
-                walk(item, (*path, key))
+        if isinstance(value, dict) and "value" in value:
+            given = value.get("source")
+            for tag in given if isinstance(given, list) else [given]:
+                if isinstance(tag, str) and isinstance(tags, dict) and tag not in tags:
+                    message = f"{dotted(path)}.source={tag!r} is not in `sources`"
+                    found.append(document.error((*path, "source"), message, hint=suggestion(tag, tags)))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if key not in ("calibration", "sources"):
+                    walk(item, (*path, key))
 
     walk(document.data, ())
     return found
 
 
 def _dangling_formats(document: Document) -> list[InputError]:
-    formats: dict[str, Any] = document.data["formats"]
+    formats = document.data.get("formats")
+    entries = {name: e for name, e in formats.items() if isinstance(e, dict)} if isinstance(formats, dict) else {}
+    own = [name for name, entry in entries.items() if "peak_flops_per_s" in entry]
     found = []
-    for name, entry in formats.items():
+    for name, entry in entries.items():
         for key in ("timed_as", "falls_back_to"):
             target = entry.get(key)
-            if target is not None and "peak_flops_per_s" not in formats.get(target, {}):
+            if isinstance(target, str) and target not in own:
                 message = f"formats.{name}.{key}={target!r} has no rate of its own in this profile"
-                own = [other for other, rate in formats.items() if "peak_flops_per_s" in rate]
                 found.append(document.error(("formats", name, key), message, hint=suggestion(target, own)))
     return found
 
@@ -285,7 +291,7 @@ def family_of(document: Document) -> dict[str, Mapping[str, Any]]:
     for name, file in profile_files().items():
         data = read_yaml(file).data
         same = file.resolve() == Path(document.file).resolve()
-        if not same and "extends" not in data and data["family"] == document.data["family"]:
+        if not same and "extends" not in data and data["family"] == document.data.get("family"):
             found[name] = data
     return found
 
