@@ -117,7 +117,8 @@ def _check(value: Any, field: Field, path: KeyPath, document: Document, found: l
             wrong("is empty", field.hint)
     elif isinstance(field, Items):
         if len(value) < field.minimum:
-            wrong(f"has {len(value)} items, at least {field.minimum} are needed")
+            message = f"{dotted(path)} has {len(value)} items, at least {field.minimum} are needed"
+            found.append(document.error(path, message))
         for index, item in enumerate(value):
             _check(item, field.item, (*path, index), document, found)
     elif isinstance(field, Table):
