@@ -175,7 +175,7 @@ def _check_fields(
 def _check_one_of(value: Any, field: OneOf, path: KeyPath, document: Document, found: list[InputError]) -> None:
     fitting = [option for option in field.options if _has_type(value, option)]
     if not fitting:
-        expected = " or ".join(_expected(option) for option in field.options)
+        expected = " or ".join(dict.fromkeys(_expected(option) for option in field.options))
         hint = next(filter(None, (_type_hint(value, option) for option in field.options)), None)
         found.append(document.error(path, f"{_shown(path, value)} is not {expected}", hint=hint))
         return

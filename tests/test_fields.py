@@ -42,6 +42,8 @@ SPEC = Fields(
     }
 )
 
+BARE = "a bare number, without unit, quotes or separators: 3.35e12"
+
 
 def found(text: str, field: Field = SPEC) -> list[tuple[int | None, str, str | None]]:
     return [(e.line, e.message, e.hint) for e in problems(parse_yaml(text, file="f"), field)]
@@ -63,8 +65,8 @@ def test_every_problem_is_reported_with_its_line() -> None:
         (5, "on='yes' is not true or false", "true or false, bare"),
         (6, "list has 0 items, at least 1 are needed", None),
         (7, "unknown name 'fp9' in table", "did you mean 'fp8'?"),
-        (7, "table.nvfp4='x' is not a number", "a bare number, without unit, quotes or separators: 3.35e12"),
-        (8, "either='text' is not null or a number or a mapping of keys to values", None),
+        (7, "table.nvfp4='x' is not a number", BARE),
+        (8, "either='text' is not null or a number or a mapping of keys to values", BARE),
         (1, "missing key 'count'", "how many"),
     ]
 
