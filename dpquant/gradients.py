@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from emulation.gemms import WeightGradient, zero_examples
 
+_PASSES = {True: 24, False: 128}  # multiply-adds in the time that one number is written and read twice: CPU, else
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseGradient:
@@ -63,19 +65,18 @@ class GemmGradient:
 
     @property
     def cheaper_dense(self) -> bool:
-        """Whether materialising takes less memory than the two Gram matrices: numel <= 2 T^2 (Bu et al. 2022)."""
-        return self.operands.weight.numel() <= 2 * self.operands.reduction**2 * self.operands.groups
+        """Whether forming every example's gradient beats two Gram matrices and a second weight-gradient GEMM.
+
+        With weights of K x O and T positions, forming costs T K O multiply-adds and some passes over K O numbers in
+        memory; not forming costs T^2 (K + O) for the norms and T K O for the sum.
+        """
+        w, groups, t = self.operands.weight, self.operands.groups, self.operands.reduction
+        k, o = w.shape[1:].numel(), w.shape[0] // groups
+        return t * t * (k + o) > _PASSES[w.device.type == "cpu"] * k * o
 
     def squared_norms(self) -> Tensor:
-        """[B], through the Gram matrices: |X^T G|^2 = sum of (X X^T) * (G G^T) over pairs of positions."""
-        n = self.batch_size
-        if self.operands.reduction == 1 and not self.operands.rows and self.operands.conv is None:
-            x, g = self.operands.x.reshape(n, -1), self.operands.grad_output.reshape(n, -1)
-            norms: Tensor = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(g, dim=1)
-            return norms.square()
-        x, g = self.operands.matrices()
-        product = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-        return product.reshape(n, -1).sum(1).clamp_min_(0)
+        """[B]."""
+        return self.operands.squared_norms()
 
     def per_example(self) -> Tensor:
         """[B, *parameter.shape]."""

@@ -98,5 +98,5 @@ def piece(scale: Tensor, where: tuple[slice, ...]) -> Tensor:
 
 
 def _largest(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    # two reductions cost less than the copy that abs makes
-    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)) if dims else x.abs()
+    # two reductions cost less than the copy that abs makes; of zeros alone they may give -0, whose reciprocal is -inf
+    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)).abs_() if dims else x.abs()

@@ -14,7 +14,7 @@ from torch import Tensor
 from emulation.errors import InputError, suggestion
 from emulation.formats import ALIASES, FORMATS, BlockFormat, Format, get_format
 from emulation.gemms import ConvGeometry, WeightGradient
-from emulation.quantizer import Quantizer
+from emulation.quantizer import Granularity, Quantizer
 
 # What is quantized, as a number that keys stochastic rounding: the same tensor may be quantized along two axes.
 X_OUTPUT, W_OUTPUT, G_INPUT, W_INPUT, X_WEIGHT, G_WEIGHT = range(6)
@@ -23,7 +23,7 @@ Keys = Callable[[Quantizer, int, Tensor], Tensor | None]
 """quantizer, role, tensor -> a rounding key per index of the tensor's first dimension; None where none is needed."""
 
 TILE = 16
-"""Side of NVFP4's square weight blocks and of the Hadamard rotation."""
+"""Width of the Hadamard rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,6 @@ class LayerPrecision:
         weight: for the weights; may share scales at will, for weights are public in private training.
         input: for the layer's input.
         grad_output: for the gradient of the layer's output.
-        square_weight_blocks: weights in 16 x 16 blocks, so that both GEMMs that read them see the same values.
         hadamard: rotate both operands of ``grad_weight`` by a 16-wide Hadamard matrix with fixed random signs along
             the reduction axis before they are quantized; the rotation cancels in the product.
     """
@@ -51,7 +50,6 @@ class LayerPrecision:
     weight: Quantizer
     input: Quantizer
     grad_output: Quantizer
-    square_weight_blocks: bool = False
     hadamard: bool = False
 
     @property
@@ -62,15 +60,13 @@ class LayerPrecision:
     @property
     def blocks(self) -> bool:
         """Whether scales run along an axis, so that each GEMM has operands of its own."""
-        return any(q.granularity == "block" for q in (self.weight, self.input, self.grad_output))
+        return any(q.block_size is not None for q in (self.weight, self.input, self.grad_output))
 
     def output_operands(
         self, x: Tensor, weight: Tensor, conv: ConvGeometry | None, keys: Keys
     ) -> tuple[Tensor, Tensor]:
         """(x, weight) as the ``output`` GEMM reads them."""
         xq = _along_features(self.input, X_OUTPUT, x, conv, keys)
-        if self.square_weight_blocks:
-            return xq, _in_tiles(self.weight, weight, keys)
         return xq, self.weight.fake_quantize(weight, keys=keys(self.weight, W_OUTPUT, weight), axis=1)
 
     def gradient(self, grad_output: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
@@ -78,9 +74,7 @@ class LayerPrecision:
         return _along_features(self.grad_output, G_INPUT, grad_output, conv, keys)
 
     def grad_input_weight(self, weight: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
-        """The weight as the ``grad_input`` GEMM reads it, with blocks along the output features."""
-        if self.square_weight_blocks:
-            return _in_tiles(self.weight, weight, keys)
+        """The weight as the ``grad_input`` GEMM reads it, with blocks along the output features of one group."""
         groups = 1 if conv is None else conv.groups
         grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         wq = self.weight.fake_quantize(grouped, keys=keys(self.weight, W_INPUT, grouped), axis=1)
@@ -129,21 +123,6 @@ def _rotated_rows(quantizer: Quantizer, role: int, rows: Tensor, unit: tuple[int
     return quantizer.fake_quantize(by_example, keys=keys(quantizer, role, by_example), axis=2).reshape(rotated.shape)
 
 
-def _in_tiles(quantizer: Quantizer, weight: Tensor, keys: Keys) -> Tensor:
-    """Quantizes weights in square blocks over (out, in), one set of blocks for each kernel position."""
-    fmt = quantizer.format
-    assert isinstance(fmt, BlockFormat)
-    rows, columns = weight.shape[:2]
-    matrices = weight.reshape(rows, columns, -1).permute(2, 0, 1)
-    padded = F.pad(matrices, (0, -columns % TILE, 0, -rows % TILE))
-    tiles = padded.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).permute(1, 3, 0, 2, 4)
-    blocks = tiles.flatten(3)  # [row tiles, column tiles, kernel positions, 256]
-    of_tiles = replace(quantizer, format=replace(fmt, block_size=TILE * TILE))
-    quantized = of_tiles.fake_quantize(blocks, keys=keys(quantizer, W_OUTPUT, blocks), axis=3).reshape(tiles.shape)
-    back = quantized.permute(2, 0, 3, 1, 4).reshape(padded.shape)[:, :rows, :columns]
-    return back.permute(1, 2, 0).reshape(weight.shape)
-
-
 def _rotation(like: Tensor) -> Tensor:
     """The 16 x 16 orthogonal matrix diag(signs) H / 4, with the signs of NVIDIA's recipe (arXiv 2509.25149)."""
     h = torch.ones(1, 1, dtype=like.dtype, device=like.device)
@@ -165,16 +144,16 @@ def _recipe(name: str, forward: Format | str, backward: Format | str | None = No
     forward = get_format(forward)
     backward = forward if backward is None else get_format(backward)
     blocked = isinstance(forward, BlockFormat) and forward.block_size is not None
-    unit = "block" if blocked else "example"
+    two_level = isinstance(forward, BlockFormat) and forward.tensor_scale
+    unit: Granularity = "block" if blocked else "example"
     return LayerPrecision(
         name=name,
-        weight=Quantizer(forward, granularity="block" if blocked else "tensor"),
+        weight=Quantizer(forward, granularity="tensor", square_blocks=two_level),
         input=Quantizer(forward, granularity=unit),
         grad_output=Quantizer(
             backward, granularity=unit, rounding="stochastic" if backward.bits <= 4 else "nearest_even"
         ),
-        square_weight_blocks=name == "nvfp4",
-        hadamard=name == "nvfp4",
+        hadamard=two_level,
     )
 
 
