@@ -67,7 +67,6 @@ SPECIFICATION = Fields(
                 "weight_decay": Number(minimum=0, required=False),
                 "max_grad_norm": Number(above=0),
                 "clipping": Text(choices=("bookkeeping", "hooks"), required=False),
-                "accumulate": Text(choices=("float32", "hardware"), required=False),
             }
         ),
         "privacy": Fields(
@@ -131,7 +130,6 @@ _DEFAULTS: dict[str, Any] = {
         "momentum": 0.0,
         "weight_decay": 0.0,
         "clipping": "bookkeeping",
-        "accumulate": "float32",
     },
     "privacy": {"target_epsilon": None, "noise_multiplier": None, "accountant": "prv"},
     "analysis": {"interval": 2, "noise_multiplier": 2.0, "max_norm": 0.1, "expected_batch_size": 256, "decay": 0.5},

@@ -73,7 +73,6 @@ class DPQuantEngine:
         analysis: the sensitivity analysis of the ``dpquant`` scheduler.
         basis: ``peak`` or ``calibrated`` hardware model; default: calibrated where the profile has a calibration.
         accountant: ``prv`` or ``rdp``.
-        accumulate: ``float32``, or ``hardware``: the accumulation of the profile's own matrix units.
         seed: root of every random stream: equal seeds give equal runs. It must stay secret for the guarantee to hold
             against whoever knows it. None: secret, from the operating system.
         root: the root itself, where a run is continued; instead of ``seed``.
@@ -94,7 +93,6 @@ class DPQuantEngine:
         analysis: sensitivity.AnalysisSettings | None = None,
         basis: str | None = None,
         accountant: str = "prv",
-        accumulate: str = "float32",
         seed: int | None = None,
         root: int | None = None,
     ) -> None:
@@ -111,7 +109,7 @@ class DPQuantEngine:
         self.format, self.scheduler, self.beta = format, scheduler, beta
         self.target_speedup, self.fraction = target_speedup, fraction
         self.analysis = analysis or sensitivity.AnalysisSettings()
-        self.accountant, self.accumulate = accountant, accumulate
+        self.accountant = accountant
         self._root = root if root is not None else fresh_root() if seed is None else stream_seed(seed, "root")
         self.ledger = privacy.PrivacyLedger()
         self._append: Callable[[privacy.PrivacyEvent], object] = lambda event: None
@@ -165,8 +163,8 @@ class DPQuantEngine:
         self._plan_privacy(data_loader, sample_rate, expected_batch_size, epochs, target_delta)
         self._plan_hardware(module, data_loader, clipping)
         self._plan_noise(target_epsilon, noise_multiplier)
-        private = clip.private_module(layers.quantize_model(module, **self._accumulation()), clipping=clipping)
-        self._module, self._layers = module, layers.quantizable_layers(module)
+        private = clip.private_module(layers.quantize_model(module, self.format), clipping=clipping)
+        self._module = module
         self._criterion = clip.private_criterion(criterion)
         self._optimizer = _AccountedOptimizer(
             optimizer,
@@ -330,20 +328,23 @@ class DPQuantEngine:
             seed=stream_seed(self._root, "schedule"),
         )
         if self.scheduler == "full":
-            return planner.fraction((), self.format, 0.0)
-        if self.fraction is not None:
-            return planner.fraction(order, self.format, self.fraction)
-        assert self.target_speedup is not None
-        return planner.fill(
-            self.workload,
-            self.profile,
-            order,
-            self.format,
-            self.target_speedup,
-            analysis_s_per_step=self._analysis_s_per_step(self.basis),
-            basis=self.basis,
-            **self._cost,
-        )
+            chosen = planner.fraction((), self.format, 0.0)
+        elif self.fraction is not None:
+            chosen = planner.fraction(order, self.format, self.fraction)
+        else:
+            assert self.target_speedup is not None
+            chosen = planner.fill(
+                self.workload,
+                self.profile,
+                order,
+                self.format,
+                self.target_speedup,
+                analysis_s_per_step=self._analysis_s_per_step(self.basis),
+                basis=self.basis,
+                **self._cost,
+            )
+        # by the name that was asked for: a preset says more than the format it is timed as
+        return planner.PrecisionPlan(formats=dict.fromkeys(chosen, self.format))
 
     # --- stopping and going on
 

@@ -44,18 +44,19 @@ class Training:
     parts: tuple[Any, ...]
 
 
-def prepare(config: RunConfig, *, root: int | None = None) -> Training:
+def prepare(config: RunConfig, *, root: int | None = None, splits: Splits | None = None) -> Training:
     """Everything before the first step: data, model, workload, hardware, reachability, noise.
 
     Args:
         config: what to run.
         root: the root seed of a run that is resumed; None derives it from the configuration's seed, or draws one.
+        splits: data to use in place of the configuration's.
 
     Raises:
         InputError: whatever cannot be used or reached, with the configuration's line where there is one.
     """
     settings, schedule, budget = config["training"], config["schedule"], config["privacy"]
-    splits = load_data(DataSettings(**config["data"]))
+    splits = load_data(DataSettings(**config["data"])) if splits is None else splits
     size = len(splits.train)
     if settings["batch_size"] > size:
         message = f"batch_size={settings['batch_size']} is larger than the data ({size} training examples)"
@@ -77,7 +78,6 @@ def prepare(config: RunConfig, *, root: int | None = None) -> Training:
         beta=schedule["beta"],
         analysis=AnalysisSettings(**config["analysis"]),
         accountant=budget["accountant"],
-        accumulate=settings["accumulate"],
         root=root,
     )
     optimizer = _optimizer(config, model)
