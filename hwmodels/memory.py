@@ -27,7 +27,7 @@ def peak_memory_bytes(workload: Workload, formats: Mapping[str, str], options: S
     fixed: float = trained + workload.frozen_parameters * GRADIENT_BYTES
     if width < GRADIENT_BYTES:
         fixed += (workload.parameters + workload.frozen_parameters) * width
-    kept = _kept(workload, formats, options, width, examples)
+    kept = _kept(workload, formats, width, examples)
     if options.private:
         if options.eager:  # the noise of all parameters before it is added
             fixed += workload.parameters * GRADIENT_BYTES
@@ -39,12 +39,10 @@ def peak_memory_bytes(workload: Workload, formats: Mapping[str, str], options: S
     return round(fixed + kept)
 
 
-def _kept(workload: Workload, formats: Mapping[str, str], options: StepOptions, width: float, examples: int) -> float:
+def _kept(workload: Workload, formats: Mapping[str, str], width: float, examples: int) -> float:
     """What the forward pass leaves for the backward pass."""
     kept = 0.0
     for saved in workload.saved:
-        if saved.scores and not options.eager:
-            continue
         scale = examples if saved.batched else 1
         if not all(layer in formats for layer in saved.layers):
             kept += saved.elements * scale * width

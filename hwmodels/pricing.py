@@ -101,7 +101,7 @@ def _gemms(
     layers = work.gemm_layers[rows]
     np.add.at(seconds, (work.gemm_phases[rows], layers), taken * repeats)
     np.add.at(bounds, ((compute_s < memory_s).astype(np.intp), layers), (taken - launch) * repeats)
-    np.add.at(bounds, (2, layers), launch * repeats)
+    np.add.at(bounds[2], layers, launch * repeats)
     if profile.power:
         dynamic = _power(profile, rate)
         joules = np.minimum(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.parameter_names = {_storage(p): name for name, p in parameters.items()}
         self.from_input: set[int] = set()
         self.uses: dict[int, tuple[int, int, _Layer]] = {}
-        self.saved: dict[int, tuple[Tensor, list[str], bool]] = {}
+        self.saved: dict[int, tuple[Tensor, list[str]]] = {}
         self.alive: list[Tensor] = list(parameters.values())  # a freed storage's address may be given again
         self.in_attention = False
+        self.attention_products = 0
         self.uncounted: dict[str, None] = {}
         self.last_call = ""
 
@@ -92,7 +94,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # what is batched
 
     def batched(self, *tensors: Tensor) -> bool:
-        return any(_storage(t) in self.from_input or (t.dim() > 1 and t.shape[0] == self.batch_size) for t in tensors)
+        return any(
+            _storage(t) in self.from_input or (t.dim() > 1 and t.shape[0] == self.batch_size and t.stride(0) != 0)
+            for t in tensors
+        )
 
     def per_example(self, elements: int, batched: bool) -> int:
         return -(-elements // self.batch_size) if batched else elements
@@ -177,11 +182,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             grad_input=left.requires_grad,
             grad_weight=right.requires_grad,
             batched=batched,
+            on_chip=self.on_chip(),
         )
+
+    def on_chip(self) -> Literal["", "operand", "result"]:
+        """Of an attention's two products, the first makes the scores and the second reads them."""
+        if not self.in_attention:
+            return ""
+        self.attention_products += 1
+        return "result" if self.attention_products == 1 else "operand"
 
     def other(self, func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         batched = self.batched(*inputs, *outputs)
-        sizes = [self.per_example(t.numel(), batched) for t in inputs]
+        # what every example shares (a mask, a scale) stays in the cache
+        sizes = [0 if batched and not self.batched(t) else self.per_example(t.numel(), batched) for t in inputs]
         written = sum(self.per_example(t.numel(), batched) for t in outputs)
         grads = sum(t.requires_grad for t in inputs)
         kind, found = classify(
@@ -215,17 +229,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def save(self, tensor: Tensor) -> Tensor:
         key = _storage(tensor)
-        if key not in self.parameter_names and tensor.numel() > 1:
-            _, layers, scores = self.saved.get(key, (tensor, [], self.in_attention and self.is_scores(tensor)))
+        if not self.in_attention and key not in self.parameter_names and tensor.numel() > 1:
+            _, layers = self.saved.setdefault(key, (tensor, []))
             if self.layer.name not in layers:
                 layers.append(self.layer.name)
-            self.saved[key] = (tensor, layers, scores)
             self.alive.append(tensor)
         return tensor
-
-    @staticmethod
-    def is_scores(tensor: Tensor) -> bool:
-        return tensor.dim() >= 3 and tensor.shape[-1] >= 1
 
     def gather_gradients(self) -> None:
         for count, elements, layer in self.uses.values():
@@ -243,29 +252,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
 
     def saved_tensors(self) -> Iterator[SavedTensor]:
-        for tensor, layers, scores in self.saved.values():
+        for tensor, layers in self.saved.values():
             batched = self.batched(tensor)
-            elements = min(tensor.untyped_storage().nbytes() // tensor.element_size(), max(tensor.numel(), 1))
-            yield SavedTensor(
-                elements=self.per_example(elements, batched), layers=tuple(layers), scores=scores, batched=batched
-            )
+            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+            yield SavedTensor(elements=self.per_example(elements, batched), layers=tuple(layers), batched=batched)
 
 
 class _AttentionMark(TorchFunctionMode):
-    """Marks the operators inside a scaled dot-product attention: fused kernels keep them on the chip."""
+    """Marks the operators inside a scaled dot-product attention: its kernels keep the scores on the chip."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.recorder.in_attention = True
+            return func(*args, **kwargs)
+        self.recorder.in_attention, self.recorder.attention_products = True, 0
         try:
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **kwargs)
+            if out.dim() == 4:  # attention kernels write [batch, rows, heads, features], whatever the view
+                out = out.transpose(1, 2).contiguous().transpose(1, 2)
         finally:
             self.recorder.in_attention = False
+        for tensor in (*_tensors([args, kwargs]), out):
+            self.recorder.save(tensor)
+        return out
 
 
 def _join(name: str, parameter: str) -> str:
@@ -316,8 +329,11 @@ def _loss(recorder: _Recorder, output: Any) -> None:
         recorder.uncounted["the loss: the output is not a tensor of logits [batch, ..., classes]"] = None
         return
     flat = logits.reshape(-1, logits.shape[-1])
+    target = torch.zeros(flat.shape[0], dtype=torch.long, device="meta")
+    recorder.from_input.add(_storage(target))
+    recorder.alive.append(target)
     recorder.enter("(loss)", None)
-    F.cross_entropy(flat, torch.zeros(flat.shape[0], dtype=torch.long, device="meta"))
+    F.cross_entropy(flat, target)
     recorder.stack.pop()
 
 
@@ -377,8 +393,15 @@ def _workload(recorder: _Recorder, parameters: dict[str, nn.Parameter], batch_si
 
 
 def _untraceable(module: nn.Module, recorder: _Recorder, error: Exception) -> InputError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.line]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else recorder.last_call
+    names = {id(m): name for name, m in module.named_modules()}
+    inside, where = type(module).__name__, recorder.last_call
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code, owner = frame.f_code, frame.f_locals.get("self")
+        if names.get(id(owner)):
+            inside = f"{type(module).__name__}.{names[id(owner)]}"
+        if "/torch/" not in code.co_filename and code.co_filename != __file__:
+            text = linecache.getline(code.co_filename, line).strip()
+            where = f"{code.co_filename}:{line}: {text}" if text else where
     message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     values = any(word in str(error).lower() for word in ("meta", "data-dependent", "item()", "numpy"))
     hint = (
@@ -386,6 +409,4 @@ def _untraceable(module: nn.Module, recorder: _Recorder, error: Exception) -> In
         if values
         else "does the model run on an input of this shape, batch first?"
     )
-    layer = recorder.layer.name
-    inside = type(module).__name__ if layer == "(model)" else f"{type(module).__name__}.{layer}"
     return InputError(f"cannot trace {inside}: {message} (at {where})", hint=hint)

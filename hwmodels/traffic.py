@@ -9,6 +9,7 @@ from hwmodels.workload import Pass
 # Move no data, or too little to matter, or only make room.
 IGNORED = frozenset(
     [
+        "as_strided_",
         "detach",
         "empty",
         "empty_like",
@@ -142,7 +143,7 @@ def classify(
         grads: how many operands need a gradient.
         pointwise: works element by element.
         batched: elements are per example.
-        in_attention: inside a scaled dot-product attention, which fused kernels keep on the chip.
+        in_attention: inside a scaled dot-product attention, whose kernel keeps everything on the chip.
     """
     total = sum(read) + written
     first = read[0] if read else 0
@@ -175,8 +176,9 @@ def classify(
         backward = float((2 + (name not in SCALED or grads > 1)) * written * needed) if needed else 0.0
         back_kernels = needed
         fused_back = float(written * needed) if name not in SCALED or grads > 1 else 0.0
-    if in_attention and kind in ("softmax", "pointwise"):
-        fused = fused_back = 0.0
+    if in_attention:  # eager PyTorch has one kernel for an attention too
+        forward = backward = fused = fused_back = 0.0
+        kernels = back_kernels = int(kind == "softmax")
         fused_kernels = 0
     return kind, Pass(
         operation=name,

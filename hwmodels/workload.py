@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from emulation.errors import InputError
 
@@ -40,6 +40,9 @@ class Gemm:
         return 2 * self.m * self.n * self.k * self.count
 
 
+_OTHER = {"operand": "result", "result": "operand", "": ""}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Product:
     """A matrix product of the forward pass, in the terms of per-example gradients.
@@ -59,6 +62,7 @@ class Product:
         grad_input: the backward pass needs the gradient of the (first) activation.
         grad_weight: it needs that of the weight, or of the second activation.
         batched: runs once per example; False for a product of parameters alone.
+        on_chip: the ``operand`` or ``result`` that never reaches memory: an attention kernel's scores.
     """
 
     rows: int
@@ -70,6 +74,7 @@ class Product:
     grad_input: bool
     grad_weight: bool
     batched: bool = True
+    on_chip: Literal["", "operand", "result"] = ""
 
     @property
     def weight_elements(self) -> int:
@@ -85,7 +90,7 @@ class Product:
         """The forward GEMM of a batch."""
         scale = batch_size if self.batched else 1
         if not self.weighted:
-            return Gemm(m=self.rows, n=self.outputs, k=self.inputs, count=self.groups * scale)
+            return self._attention(self.rows, self.outputs, self.inputs, scale, self.on_chip)
         return Gemm(
             m=scale * self.rows,
             n=self.outputs,
@@ -98,7 +103,7 @@ class Product:
         """The GEMM of the input's gradient: the output's gradient times the weight, transposed."""
         scale = batch_size if self.batched else 1
         if not self.weighted:
-            return Gemm(m=self.rows, n=self.inputs, k=self.outputs, count=self.groups * scale)
+            return self._attention(self.rows, self.inputs, self.outputs, scale, _OTHER[self.on_chip])
         return Gemm(
             m=scale * self.rows,
             n=self.inputs,
@@ -110,14 +115,25 @@ class Product:
     def weight_gradient(self, batch_size: int) -> Gemm:
         """The one GEMM of the weight's gradient over the whole batch: it sums over examples and positions."""
         scale = batch_size if self.batched else 1
-        if not self.weighted:
-            return Gemm(m=self.inputs, n=self.outputs, k=self.rows, count=self.groups * scale)
+        if not self.weighted:  # transposed where the scores' gradient is the second operand
+            m, n = (self.outputs, self.inputs) if self.on_chip == "result" else (self.inputs, self.outputs)
+            return self._attention(m, n, self.rows, scale, "operand" if self.on_chip else "")
         return Gemm(
             m=self.inputs,
             n=self.outputs,
             k=scale * self.rows,
             count=self.groups,
             operand_elements=scale * self.input_elements,
+        )
+
+    def _attention(self, m: int, n: int, k: int, scale: int, on_chip: str) -> Gemm:
+        return Gemm(
+            m=m,
+            n=n,
+            k=k,
+            count=self.groups * scale,
+            operand_elements=0 if on_chip == "operand" else None,
+            result_elements=0 if on_chip == "result" else None,
         )
 
     def example_gradients(self, batch_size: int) -> Gemm:
@@ -191,13 +207,11 @@ class SavedTensor:
     Attributes:
         elements: its elements, per example where ``batched``.
         layers: the layers whose backward pass reads it.
-        scores: an attention's probabilities, which a fused attention recomputes and does not keep.
         batched: grows with the batch.
     """
 
     elements: int
     layers: tuple[str, ...]
-    scores: bool = False
     batched: bool = True
 
 

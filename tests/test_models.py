@@ -1,0 +1,134 @@
+"""The models against torchvision's facts, and against what private training needs of them."""
+
+import functools
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from dpquant.models import INPUT_SHAPES, MODELS, build_model, example_input
+from dpquant.resnet import group_norm
+from emulation.errors import InputError
+
+# Of torchvision 0.28.0's own models with 10 classes: parameters, GroupNorms in place of BatchNorms, Conv and Linear
+# layers, and the hash of their sorted parameter names and shapes.
+TORCHVISION = {
+    "resnet18": (11_181_642, 20, 21, "abfab4170d6b0441"),
+    "resnet50": (23_528_522, 53, 54, "6bf3488180d32c51"),
+    "densenet121": (6_964_106, 121, 121, "0cf81eb1e0937070"),
+}
+SMALL = ("digits_cnn", "fashion_cnn", "cifar_cnn", "vit_small", "transformer")
+
+
+@functools.cache
+def meta_model(name: str, **options: object) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(name, **options)
+
+
+def real_input(name: str, batch: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, *INPUT_SHAPES[name])
+    if len(shape) == 2:
+        return torch.randint(0, 1000, shape, generator=generator)
+    return torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_parameters_are_those_of_torchvision(name: str) -> None:
+    parameters, norms, layers, digest = TORCHVISION[name]
+    model = meta_model(name)
+    modules = list(model.modules())
+    shapes = sorted((key, tuple(p.shape)) for key, p in model.named_parameters())
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(isinstance(m, nn.GroupNorm) for m in modules) == norms
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in modules) == layers
+    assert hashlib.sha256(repr(shapes).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("vit_b_16", {"num_classes": 1000}, 86_567_656),  # torchvision's vit_b_16
+        ("bert_base", {"num_classes": 2}, 109_482_240 + 2 * 769),  # the encoder with its pooler, and a classifier
+        ("gpt2", {}, 124_439_808 + 50257 * 768),  # the 124M model, its output layer untied
+        ("fashion_cnn", {}, 26_010 + 96),  # Tramer and Boneh's 26,010, and GroupNorm
+    ],
+)
+def test_parameter_counts_of_the_others(name: str, options: dict[str, int], parameters: int) -> None:
+    assert sum(p.numel() for p in meta_model(name, **options).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_its_example_and_has_buffers_nowhere(name: str) -> None:
+    model = meta_model(name)
+    out = model(example_input(name))
+    assert out.shape[0] == 1
+    assert not list(model.buffers())
+    owners = {type(m) for m in model.modules() if any(True for _ in m.parameters(recurse=False))}
+    assert owners <= {nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_examples_do_not_see_each_other(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name).eval()
+    x = real_input(name, 3)
+    alone = torch.cat([model(x[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model(x), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("name", ["resnet18", "digits_cnn", "fashion_cnn", "vit_small", "transformer"])
+def test_opacus_hooks_find_every_example_gradient(name: str) -> None:
+    from opacus.grad_sample import GradSampleModule
+
+    torch.manual_seed(0)
+    options = {"stem": "imagenet"} if name in TORCHVISION else {}
+    model = build_model(name, **options)
+    x = torch.randn(2, 3, 32, 32) if name in TORCHVISION else real_input(name, 2)
+    hooked = GradSampleModule(model, loss_reduction="sum", strict=True)
+    hooked(x).square().sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad_sample.shape == (2, *parameter.shape)
+        assert torch.isfinite(parameter.grad_sample).all()
+    hooked.remove_hooks()
+
+
+def test_digits_cnn_has_layers_to_choose_from() -> None:
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in meta_model("digits_cnn").modules()) >= 5
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 16), (3, 1), (1024, 32)])
+def test_group_norm_divides_the_channels(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
+
+
+def test_stems() -> None:
+    assert meta_model("resnet18", stem="cifar").conv1.weight.shape == (64, 3, 3, 3)
+    assert meta_model("densenet121", in_channels=1).features.conv0.weight.shape == (64, 1, 7, 7)
+    cifar = meta_model("resnet50", stem="cifar", num_classes=43)
+    assert cifar(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 43)
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "hint"),
+    [
+        (lambda: build_model("resnet81"), "unknown model name='resnet81'", "resnet18"),
+        (lambda: build_model("resnet18", stem="cifer"), "unknown stem='cifer'", "cifar"),
+        (lambda: build_model("resnet18", num_clases=3), "takes no num_clases=3", "num_classes"),
+        (lambda: build_model("resnet18", depths=(1,)), "takes no depths", "num_classes"),
+        (lambda: build_model("digits_cnn", num_classes=0), "num_classes=0", None),
+        (lambda: build_model("digits_cnn", image_size=2), "image_size=2 is too small", None),
+        (lambda: build_model("vit_b_16", image_size=30), "image_size=30", None),
+        (lambda: example_input("resnet18", (32, 32)), "input=32x32 does not fit", "3x224x224"),
+        (lambda: example_input("gpt2", (0,)), "input=0", "1024"),
+        (lambda: example_input("nonet"), "unknown model name='nonet'", None),
+    ],
+)
+def test_bad_input(call, message: str, hint: str | None) -> None:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert message in str(caught.value)
+    assert hint is None or hint in (caught.value.hint or "")
