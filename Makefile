@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test lint long clean
 
 demo: $(VENV)/.installed  ## train the demo once; afterwards show what that run found
-	@if [ -e runs/digits/checkpoint.pt ] && $(BIN)/dpquant report runs/digits; then :; \
-	else $(BIN)/dpquant train configs/runs/digits.yaml --out runs/digits --resume-if-present; fi
+	@if [ -e runs/digits/run.json ]; then $(BIN)/dpquant train --resume runs/digits; \
+	else $(BIN)/dpquant train configs/runs/digits.yaml --out runs/digits; fi
 
 test: $(VENV)/.installed-test  ## the whole default suite
 	$(BIN)/python -m pytest -q -n 2

@@ -122,7 +122,7 @@ _DEFAULTS: dict[str, Any] = {
     "model": {"options": {}},
     "data": {"root": None, "split": None},
     "hardware": {"basis": None},
-    "schedule": {"target_speedup": None, "fraction": None, "beta": 10.0},
+    "schedule": {"target_speedup": None, "fraction": None, "beta": 200.0},
     "training": {
         "dataset_size": None,
         "max_physical_batch_size": None,

@@ -69,7 +69,8 @@ class DPQuantEngine:
         format: number format or preset of the quantized layers.
         scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
             epoch) or ``dpquant`` (a draw per epoch that prefers layers the private analysis found insensitive).
-        beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity).
+        beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity),
+            with sensitivities in units of the loss, of which a layer in FP4 typically costs some thousandths.
         analysis: the sensitivity analysis of the ``dpquant`` scheduler.
         basis: ``peak`` or ``calibrated`` hardware model; default: calibrated where the profile has a calibration.
         accountant: ``prv`` or ``rdp``.
@@ -89,7 +90,7 @@ class DPQuantEngine:
         fraction: float | None = None,
         format: str = "luq_fp4",
         scheduler: str = "dpquant",
-        beta: float = 10.0,
+        beta: float = 200.0,
         analysis: sensitivity.AnalysisSettings | None = None,
         basis: str | None = None,
         accountant: str = "prv",
@@ -160,6 +161,8 @@ class DPQuantEngine:
             InputError: the target speedup or epsilon cannot be reached, the module has a layer that mixes examples, or
                 an argument is out of range. Nothing has been spent.
         """
+        if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
+            raise InputError(f"max_grad_norm={max_grad_norm} must be above 0")
         self._plan_privacy(data_loader, sample_rate, expected_batch_size, epochs, target_delta)
         self._plan_hardware(module, data_loader, clipping)
         self._plan_noise(target_epsilon, noise_multiplier)

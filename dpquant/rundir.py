@@ -144,6 +144,11 @@ class Run:
     versions: Mapping[str, str]
     records: tuple[EpochRecord, ...]
 
+    @property
+    def complete(self) -> bool:
+        """Whether every planned epoch has its record."""
+        return len(self.records) == self.facts.epochs
+
 
 class RunFolder:
     """A run folder open for writing, held by one process until closed (a context manager)."""

@@ -56,15 +56,18 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.resume is not None and (given or args.out):
         option = "--out" if args.out else f"--{next(iter(given)).replace('_', '-')}"
         raise InputError(f"{option} cannot change a run that is resumed", hint="start a new one")
-    folder, facts, records = _resumed(args.resume, out) if args.resume else _started(args, given, out)
-    with folder:
-        _talk(records, facts, folder, out)
-    finished = load_run(folder.path)
+    if args.resume is not None and (finished := load_run(args.resume)).complete:
+        out.say(f"{args.resume} is complete")
+    else:
+        folder, facts, records = _resumed(args.resume, out) if args.resume else _started(args, given, out)
+        with folder:
+            _talk(records, facts, folder, out)
+        finished = load_run(folder.path)
     if out.form == "json":
         out.json(report.to_json(finished))
     else:
         out.show("", *report.report(finished, width=out.console().width))
-    out.say(f"run folder: {folder.path} (dpquant report {folder.path})")
+    out.say(f"run folder: {finished.path} (dpquant report {finished.path})")
     return 0
 
 

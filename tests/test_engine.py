@@ -1,0 +1,357 @@
+"""The library door: what it promises about steps, budgets, targets and randomness, seen on a small network."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpquant import privacy
+from dpquant.engine import DPQuantEngine
+from dpquant.sensitivity import AnalysisSettings
+from emulation.errors import InputError
+from emulation.layers import quantizable_layers
+
+SIZE, BATCH = 64, 16
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def data(size: int = SIZE) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(size, 1, 8, 8, generator=generator), torch.randint(0, 4, (size,), generator=generator)
+    )
+
+
+def engine(**changes: Any) -> DPQuantEngine:
+    given: dict[str, Any] = {"hardware": "b200", "basis": "peak", "fraction": 0.5, "seed": 0, "accountant": "rdp"}
+    given |= {"analysis": AnalysisSettings(interval=2, expected_batch_size=16)}
+    return DPQuantEngine(**(given | changes))
+
+
+def private(
+    e: DPQuantEngine, module: nn.Module | None = None, dataset: TensorDataset | None = None, **changes: Any
+) -> tuple[nn.Module, Any, Any, DataLoader[Any]]:
+    module = network() if module is None else module
+    given: dict[str, Any] = {
+        "module": module,
+        "optimizer": torch.optim.SGD(module.parameters(), lr=1.0),
+        "criterion": nn.CrossEntropyLoss(),
+        "data_loader": DataLoader(dataset or data(), batch_size=BATCH),
+        "noise_multiplier": 1.0,
+        "target_delta": 1e-3,
+        "epochs": 3,
+        "max_grad_norm": 1.0,
+        "sample_rate": BATCH / SIZE,
+        "expected_batch_size": BATCH,
+    }
+    return e.make_private(**(given | changes))
+
+
+def step(parts: tuple[nn.Module, Any, Any, Any], x: Tensor, y: Tensor) -> None:
+    module, optimizer, criterion, _ = parts
+    optimizer.zero_grad()
+    criterion(module(x), y).backward()
+    optimizer.step()
+
+
+def run(e: DPQuantEngine, parts: tuple[nn.Module, Any, Any, Any]) -> list[Any]:
+    epochs = []
+    for epoch in e.epochs():
+        epochs.append(epoch)
+        for x, y in parts[3]:
+            step(parts, x, y)
+    return epochs
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+# --- what a step does
+
+
+def test_a_step_moves_by_minus_the_clipped_sum_over_the_expected_batch() -> None:
+    e = engine(scheduler="full")
+    module = network()
+    parts = private(e, module, noise_multiplier=0.0, max_grad_norm=0.5)
+    twin = network()
+    for _ in e.epochs():
+        for x, y in parts[3]:
+            before = weights(module)
+            step(parts, x, y)
+            total = torch.zeros_like(before)
+            for i in range(len(x)):
+                twin.load_state_dict(dict(zip(twin.state_dict(), _split(before, twin), strict=True)))
+                twin.zero_grad()
+                nn.functional.cross_entropy(twin(x[i : i + 1]), y[i : i + 1]).backward()
+                gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])  # type: ignore[union-attr]
+                total += gradient * min(1.0, 0.5 / (gradient.norm().item() + 1e-6))
+            torch.testing.assert_close(before - weights(module), total / BATCH, rtol=1e-4, atol=1e-6)
+        break
+    assert e.epsilon() == float("inf")
+
+
+def _split(flat: Tensor, module: nn.Module) -> list[Tensor]:
+    parts = flat.split([p.numel() for p in module.parameters()])
+    return [v.view_as(p) for v, p in zip(parts, module.parameters(), strict=True)]
+
+
+def test_the_noise_has_the_size_that_was_accounted() -> None:
+    """With a loss that no parameter changes, what a step adds is the noise alone."""
+    e = engine(scheduler="full")
+    module = network()
+    parts = private(e, module, noise_multiplier=2.0, max_grad_norm=0.5)
+    moves = []
+    for _ in e.epochs():
+        for x, _y in parts[3]:
+            before = weights(module)
+            parts[1].zero_grad()
+            (parts[0](x).sum() * 0).backward()
+            parts[1].step()
+            moves.append(weights(module) - before)
+    noise = torch.cat(moves)
+    expected = 2.0 * 0.5 / BATCH
+    assert abs(noise.std().item() / expected - 1) < 5 / (2 * len(noise)) ** 0.5
+    assert abs(noise.mean().item()) < 5 * expected / len(noise) ** 0.5
+    assert not torch.equal(moves[0], moves[1])
+
+
+# --- the budget
+
+
+def test_nothing_planned_exceeds_the_target_and_nothing_is_left_unused() -> None:
+    e = engine(scheduler="dpquant")
+    parts = private(e, noise_multiplier=None, target_epsilon=5.0)
+    epochs = run(e, parts)
+    assert [epoch.analysed for epoch in epochs] == [True, False, True]
+    assert e.ledger.steps("analysis") == e.analyses_planned == 2
+    assert e.ledger.steps("training") == 3 * e.steps_per_epoch == 12
+    assert 4.9 < e.epsilon() <= 5.0
+    assert e.epsilon() == pytest.approx(privacy.epsilon(e.plan_ledger, 1e-3, "rdp"))
+    assert e.epsilon() > privacy.epsilon(e.ledger.only("training"), 1e-3, "rdp")
+
+
+def test_a_step_beyond_the_plan_is_refused() -> None:
+    e = engine(scheduler="pls")
+    parts = private(e, epochs=1)
+    run(e, parts)
+    with pytest.raises(RuntimeError, match="exceed the budget"):
+        step(parts, *data()[:4])
+
+
+def test_what_is_recorded_is_recorded_before_its_noise() -> None:
+    e = engine(scheduler="dpquant")
+    parts = private(e)
+    seen: list[tuple[str, bool]] = []
+    before = weights(parts[0])
+    e.write_ahead(
+        privacy.PrivacyLedger(),
+        lambda event: seen.append((event.mechanism, torch.equal(weights(parts[0]), before))),
+    )
+    epochs = e.epochs()
+    next(epochs)
+    assert [m for m, _ in seen] == ["analysis"]
+    x, y = next(iter(parts[3]))
+    step(parts, x, y)
+    assert seen[-1] == ("training", True)
+    assert not torch.equal(weights(parts[0]), before)
+
+
+def test_a_ledger_behind_the_checkpoint_is_refused() -> None:
+    e = engine(scheduler="pls")
+    parts = private(e, epochs=1)
+    run(e, parts)
+    with pytest.raises(InputError, match="less than the checkpoint"):
+        e.write_ahead(privacy.PrivacyLedger(), lambda event: None)
+
+
+# --- the schedule
+
+
+def test_quantization_is_on_inside_the_loader_and_off_outside() -> None:
+    e = engine(scheduler="pls", fraction=0.5)
+    module = network()
+    parts = private(e, module)
+
+    def on() -> set[str]:
+        return {n for n, layer in quantizable_layers(module).items() if layer.precision is not None}
+
+    for epoch in e.epochs():
+        assert on() == set()
+        for x, y in parts[3]:
+            assert on() == set(epoch.plan)
+            assert len(epoch.plan) == 2
+            step(parts, x, y)
+        assert on() == set()
+
+
+@pytest.mark.parametrize(("scheduler", "distinct"), [("full", 1), ("static", 1), ("pls", 5)])
+def test_schedulers_differ_in_what_they_redraw(scheduler: str, distinct: int) -> None:
+    e = engine(scheduler=scheduler)
+    private(e, epochs=20)
+    plans = {frozenset(epoch.plan) for epoch in e.epochs()}
+    assert len(plans) >= distinct
+    assert distinct > 1 or len(plans) == 1
+    assert (plans == {frozenset()}) == (scheduler == "full")
+
+
+def test_the_draw_prefers_layers_that_were_found_insensitive() -> None:
+    e = engine(scheduler="dpquant", fraction=0.25, beta=1000.0)
+    private(e)
+    e.sensitivities = dict.fromkeys(e.workload.quantizable, 1.0) | {"6": 0.0}
+    assert set(e._draw()) == {"6"}
+
+
+def test_a_target_speedup_is_met_every_epoch() -> None:
+    e = engine(scheduler="pls", fraction=None, target_speedup=1.02)
+    private(e)
+    for epoch in e.epochs():
+        assert epoch.speedup >= 1.02
+        assert e.speedup({}) == pytest.approx(1.0)
+
+
+def test_the_analyses_count_against_the_speedup() -> None:
+    with_them, without = engine(scheduler="dpquant"), engine(scheduler="pls")
+    private(with_them)
+    private(without)
+    assert with_them.reach.max_speedup < without.reach.max_speedup
+    assert with_them.speedup({}) < 1.0
+
+
+# --- randomness
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        e = engine(scheduler="dpquant", seed=seed)
+        module = network()
+        torch.manual_seed(torch.seed() % 2**31)  # the global state has no say
+        run(e, private(e, module))
+        ends.append(weights(module))
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_without_a_seed_every_run_is_another() -> None:
+    ends = []
+    for _ in range(2):
+        e = engine(scheduler="full", seed=None)
+        module = network()
+        run(e, private(e, module))
+        ends.append(weights(module))
+    assert not torch.equal(ends[0], ends[1])
+
+
+def test_virtual_batches_change_nothing() -> None:
+    ends = []
+    for part in (None, 5):
+        e = engine(scheduler="pls", fraction=1.0)
+        module = network()
+        run(e, private(e, module, max_physical_batch_size=part, epochs=1))
+        ends.append(weights(module))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # Opacus's hook on the first layer
+def test_hooks_and_bookkeeping_agree() -> None:
+    ends = []
+    for clipping in ("bookkeeping", "hooks"):
+        e = engine(scheduler="full")
+        module = network()
+        run(e, private(e, module, clipping=clipping, epochs=1))
+        ends.append(weights(module))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": "dpqant"}, "unknown scheduler='dpqant'"),
+        ({"hardware": "b20"}, "b20"),
+        ({"format": "fp5"}, "fp5"),
+        ({"fraction": 1.5}, "fraction=1.5"),
+        ({"fraction": None}, "one of target_speedup and fraction"),
+        ({"target_speedup": 1.2}, "one of target_speedup and fraction"),
+        ({"fraction": None, "target_speedup": 0.5}, "target_speedup=0.5"),
+        ({"fraction": None, "target_speedup": float("nan")}, "target_speedup=nan"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        private(engine(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_epsilon": 3.0}, "one of target_epsilon and noise_multiplier"),
+        ({"noise_multiplier": None}, "one of target_epsilon and noise_multiplier"),
+        ({"noise_multiplier": None, "target_epsilon": -1.0}, "epsilon"),
+        ({"target_delta": 0.0, "noise_multiplier": None, "target_epsilon": 1.0}, "delta"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"sample_rate": 0.0}, "sample_rate=0.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"clipping": "ghost"}, "ghost"),
+        ({"sample_rate": None, "expected_batch_size": SIZE + 1}, "larger than the data"),
+    ],
+)
+def test_bad_plans(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        private(engine(scheduler="pls"), **changes)
+
+
+def test_batch_normalisation_is_refused_by_name() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(InputError, match=r"'1' \(BatchNorm2d\) mixes examples"):
+        private(engine(), module)
+
+
+def test_a_target_out_of_reach_is_refused_before_anything_is_spent() -> None:
+    e = engine(fraction=None, target_speedup=50.0)
+    with pytest.raises(InputError, match=r"target speedup 50.0x is out of reach on b200 with luq_fp4: at most \d"):
+        private(e)
+    assert e.ledger.events == ()
+
+
+def test_a_sample_rate_from_the_data_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dpquant"):
+        private(engine(scheduler="pls"), sample_rate=None, expected_batch_size=None)
+    assert "becomes public" in caplog.text
+    caplog.clear()
+    private(engine(scheduler="pls"))
+    assert caplog.text == ""
+
+
+def test_an_epoch_is_frozen() -> None:
+    e = engine(scheduler="pls")
+    private(e)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        next(e.epochs()).index = 3  # type: ignore[misc]
