@@ -148,7 +148,7 @@ class HardwareProfile:
                 raise InputError(f"format={name!r} has no rate on {self.name}", hint=hint)
         return rate
 
-    def gemm_seconds(self, m: int, n: int, k: int, format: str | Format, basis: Basis = "calibrated") -> float:
+    def gemm_seconds(self, m: int, n: int, k: int, format: str | Format, basis: Basis | None = None) -> float:
         """Seconds of one matrix product [m, k] x [k, n].
 
         Args:
@@ -159,7 +159,8 @@ class HardwareProfile:
             basis: ``peak``: a roofline on published peaks, ``max(2mnk / peak, bytes / bandwidth)``, where operands are
                 read once at the format's width, scales included, and the result is written once (float32 for float32
                 and tfloat32 operands, else 2 bytes). ``calibrated``: the model of ``hwmodels.gemm`` fitted to
-                measurements, dynamic quantization of the first operand included.
+                measurements, dynamic quantization of the first operand included. None: ``calibrated`` where the
+                profile has a calibration, else ``peak``.
 
         Raises:
             InputError: a size below 1, a format without rate, or ``calibrated`` where the profile has no calibration.
@@ -170,6 +171,8 @@ class HardwareProfile:
                     f"{name}={size!r} is not a size", hint="sizes of a matrix product are whole numbers from 1"
                 )
         rate = self.rate(format)
+        if basis is None:
+            basis = "peak" if self.calibration is None else "calibrated"
         if basis == "peak":
             return self._roofline_seconds(m, n, k, rate)
         if basis != "calibrated":

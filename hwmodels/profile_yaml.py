@@ -83,7 +83,7 @@ PROFILE = Fields(
         ),
         "title": Text(doc="what the chip is called, with form factor and memory size"),
         "vendor": Text(doc="who makes it"),
-        "family": Text(doc="architecture: chips of one family share a calibration", pattern=r"[a-z0-9_]+"),
+        "family": Text(doc="architecture, in lower case: `hopper`", pattern=r"[a-z0-9_]+"),
         "year": Number(doc="year of first shipment", integer=True, minimum=1990, maximum=2100),
         "note": Text(doc="what a reader of the profile has to know", required=False),
         "sources": Table(
