@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,11 +166,7 @@ class HardwareProfile:
         Raises:
             InputError: a size below 1, a format without rate, or ``calibrated`` where the profile has no calibration.
         """
-        for name, size in (("m", m), ("n", n), ("k", k)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise InputError(
-                    f"{name}={size!r} is not a size", hint="sizes of a matrix product are whole numbers from 1"
-                )
+        m, n, k = (_size(name, size) for name, size in (("m", m), ("n", n), ("k", k)))
         rate = self.rate(format)
         if basis is None:
             basis = "peak" if self.calibration is None else "calibrated"
@@ -186,6 +183,16 @@ class HardwareProfile:
         moved = (m * k + k * n) * stored_bytes(rate.falls_back_to or rate.format)
         moved += m * n * (4 if rate.timed_as in ("float32", "tfloat32") else 2)
         return max(2 * m * n * k / rate.peak_flops_per_s, moved / self.memory.bandwidth_bytes_per_s)
+
+
+def _size(name: str, size: int) -> int:
+    try:
+        whole = 0 if isinstance(size, bool) else operator.index(size)  # numpy's integers are sizes too
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise InputError(f"{name}={size!r} is not a size", hint="sizes of a matrix product are whole numbers from 1")
+    return whole
 
 
 def stored_bytes(format: str | Format) -> float:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,6 +118,12 @@ def test_sizes_that_are_none(size: object, basis: str) -> None:
         sizes[position] = size  # type: ignore[call-overload]
         with pytest.raises(InputError, match="is not a size"):
             H100.gemm_seconds(*sizes, "bf16", basis=basis)  # type: ignore[arg-type]
+
+
+def test_numpys_integers_are_sizes() -> None:
+    assert H100.gemm_seconds(np.int64(64), np.uint8(64), 64, "bf16", "peak") == H100.gemm_seconds(
+        64, 64, 64, "bf16", "peak"
+    )
 
 
 def test_unknown_basis_and_no_calibration() -> None:
