@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emulation.errors import InputError
-from hwmodels.profile import check, load_profile
-from hwmodels.profile_yaml import SCHEMA_FILE, hardware_schema
+from hwmodels.fields import problems
+from hwmodels.profile import check, list_profiles, load_profile
+from hwmodels.profile_yaml import PROFILE, SCHEMA_FILE, hardware_schema
+from hwmodels.strict_yaml import Document, parse_yaml
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "hardware"
+VALIDATOR = jsonschema.Draft202012Validator(hardware_schema())
 A100 = (SHIPPED / "a100.yaml").read_text().partition("calibration:\n")[0]
 
 
@@ -129,6 +136,39 @@ class TestExtends:
 
 def test_the_schema_that_ships_is_current() -> None:
     assert json.loads(SCHEMA_FILE.read_text()) == hardware_schema(), "run `python -m hwmodels.profile_yaml`"
+
+
+def test_profiles_are_found_in_an_install(tmp_path: Path) -> None:
+    """The wheel's layout: the YAML inside the package, no checkout beside it."""
+    for package in ("hwmodels", "emulation"):
+        shutil.copytree(
+            SHIPPED.parent.parent / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copytree(SHIPPED, tmp_path / "hwmodels" / "configs" / "hardware")
+    code = (
+        "import hwmodels; print(hwmodels.__file__, len(hwmodels.list_profiles()), hwmodels.load_profile('h200').name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "hwmodels" / "__init__.py"), str(len(list_profiles())), "h200"]
+
+
+VALUES = st.sampled_from(
+    [None, True, -1, 0, 3, 2.5, 1e15, "x", "float8_e5m2", "published", [], ["GKL"], {}, {"value": 1}]
+)
+
+
+@given(seed=st.integers(0, 2**32), value=VALUES)
+def test_the_schema_and_the_checker_agree_on_changed_profiles(seed: int, value: object) -> None:
+    draw, data = random.Random(seed), parse_yaml(A100).data
+    node, key = data, draw.choice(list(data))
+    while isinstance(node[key], dict) and draw.random() < 0.8:
+        node, key = node[key], draw.choice(list(node[key]))
+    if draw.random() < 0.2:
+        del node[key]
+    else:
+        node[draw.choice([key, key, key, "other"])] = value
+    document = Document(file="f", data=data, lines={(): 1})
+    assert (problems(document, PROFILE) == []) == VALIDATOR.is_valid(data)
 
 
 LINES = A100.splitlines(keepends=True)
