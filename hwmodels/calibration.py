@@ -224,6 +224,7 @@ def calibration_from(data: Mapping[str, Any]) -> GemmCalibration:
 
 
 _PLAIN = tuple(field.name for field in fields(KernelCalibration) if field.type == "float")
+_PLAIN_POWER = tuple(field.name for field in fields(PowerCalibration) if field.type == "float")
 
 
 def _kernel_from(name: str, data: Mapping[str, Any]) -> KernelCalibration:
@@ -284,9 +285,52 @@ def _correction_from(name: str, data: Mapping[str, Any]) -> Correction:
 
 
 def _power_from(data: Mapping[str, Any]) -> PowerCalibration:
-    plain = ("idle_w", "joules_per_byte", "saturation", "sharpness")
     return PowerCalibration(
-        **{key: float(data[key]) for key in plain},
+        **{key: float(data[key]) for key in _PLAIN_POWER},
         joules_per_flop=MappingProxyType({kernel: float(value) for kernel, value in data["joules_per_flop"].items()}),
         fitted=Fitted(**data["fitted"]),
     )
+
+
+def calibration_yaml(calibration: GemmCalibration) -> str:
+    """The ``calibration`` block of a profile; ``calibration_from`` reads it back to the same data."""
+    lines = ["calibration:", "  kernels:"]
+    for name, kernel in calibration.kernels.items():
+        lines += [f"    {name}:", *("      " + line for line in _kernel_lines(kernel))]
+    power = calibration.power
+    if power is not None:
+        per_flop = ", ".join(f"{kernel}: {_number(value)}" for kernel, value in power.joules_per_flop.items())
+        lines += ["  power:", *(f"    {key}: {_number(getattr(power, key))}" for key in _PLAIN_POWER)]
+        lines += [f"    joules_per_flop: {{{per_flop}}}", f"    fitted: {_fitted_text(power.fitted)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _kernel_lines(kernel: KernelCalibration) -> list[str]:
+    lines = [f"{key}: {_number(getattr(kernel, key))}" for key in _PLAIN]
+    lines += [f"tiles: [{', '.join(f'[{rows}, {columns}]' for rows, columns in kernel.tiles)}]"]
+    lines += [f"splits: {list(kernel.splits)}"]
+    if kernel.quantize is not None:
+        passes = {field.name: getattr(kernel.quantize, field.name) for field in fields(kernel.quantize)}
+        shown = ", ".join(f"{key}: {_number(value)}" for key, value in passes.items() if value is not None)
+        lines.append(f"quantize: {{{shown}}}")
+    lines.append(f"band: [{_number(kernel.band[0])}, {_number(kernel.band[1])}]")
+    ranges = (f"{axis}: {list(getattr(kernel, f'range_{axis}'))}" for axis in "mnk")
+    lines += [f"range: {{{', '.join(ranges)}}}", f"fitted: {_fitted_text(kernel.fitted)}"]
+    grid = kernel.correction
+    if grid is not None:
+        knots = {axis: [round(2**log) for log in getattr(grid, f"log2_{axis}")] for axis in "mnk"}
+        lines += ["correction:", *(f"  {axis}: {values}" for axis, values in knots.items()), "  percent:"]
+        width = len(knots["n"]) * len(knots["k"])
+        percent = [str(round(value * 100)) for value in grid.values]
+        lines += [f'    - "{" ".join(percent[i : i + width])}"' for i in range(0, len(percent), width)]
+    return lines
+
+
+def _number(value: float) -> str:
+    return repr(float(value)) if abs(value) < 1e16 else f"{value:.6g}"
+
+
+def _fitted_text(fitted: Fitted) -> str:
+    source = fitted.source.replace("\\", "\\\\").replace('"', '\\"')
+    rest = (f"{field.name}: {getattr(fitted, field.name)!r}" for field in fields(fitted) if field.name != "source")
+    return f'{{source: "{source}", {", ".join(rest)}}}'

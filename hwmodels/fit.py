@@ -22,8 +22,8 @@ Array = NDArray[np.float64]
 TILES = tuple((m, n) for m in (16, 32, 64, 128, 256) for n in (32, 64, 128, 256))
 TILES += ((64, 16), (128, 16), (192, 128), (128, 192))
 SPLITS = (1, 2, 4, 8, 16)
-KNOTS_M = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768)
-KNOTS_NK = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536)
+KNOTS_M = (1, 32, 128, 256, 512, 1024, 2048, 4096, 32768)
+KNOTS_NK = (32, 256, 1024, 2048, 4096, 8192, 65536)
 FEWEST_ROWS = 24  # to fit the physical constants
 FEWEST_ROWS_CORRECTION = 400  # below, a correction would follow the noise
 
@@ -315,7 +315,7 @@ def _rounded(kernel: KernelCalibration) -> KernelCalibration:
 
 
 def _fit_correction(
-    rows: GemmRows, kernel: KernelCalibration, rates: GemmRates, roughness: float = 0.2, size: float = 0.03
+    rows: GemmRows, kernel: KernelCalibration, rates: GemmRates, roughness: float = 0.1, size: float = 0.02
 ) -> Correction:
     """The grid that removes most of the absolute logarithmic error, held smooth and small where there are few rows.
 
