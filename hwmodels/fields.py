@@ -244,7 +244,8 @@ def _shown(path: KeyPath, value: Any) -> str:
 
 
 def _cut(value: Any) -> str:
-    text = repr(value)
+    large = isinstance(value, float) and 1e6 <= abs(value) < 1e16  # people write 3.35e12, not thirteen digits
+    text = f"{value:.12g}" if large else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -41,7 +41,7 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
     ("old", "new", "message"),
     [
         ("units:", "unitz:", "unknown key 'unitz'"),
-        ("value: 80e9", "value: -80e9", "memory.capacity_bytes.value=-80000000000.0 is below 1e+09"),
+        ("value: 80e9", "value: -80e9", "memory.capacity_bytes.value=-80000000000 is below 1e+09"),
         ("value: 80e9", "value: 80", "memory.capacity_bytes.value=80 is below 1e+09"),
         ("value: 80e9", "value: 80GB", "memory.capacity_bytes.value='80GB' is not a number"),
         ("value: 80e9", "value: .nan", "memory.capacity_bytes.value=nan is not finite"),
