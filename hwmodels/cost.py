@@ -10,9 +10,10 @@ import numpy as np
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import get_format
-from hwmodels.dpsgd import PHASE, PHASES, StepOptions, demand
+from hwmodels.dpsgd import PHASE, PHASES, StepOptions
+from hwmodels.gemm_arrays import Array
 from hwmodels.memory import peak_memory_bytes
-from hwmodels.pricing import BOUNDS, HOST_S, Array, PriceList, price
+from hwmodels.pricing import BOUNDS, HOST_S, LAUNCH, PriceList, Pricer
 from hwmodels.profile import BASES, Basis, HardwareProfile
 from hwmodels.workload import Workload
 
@@ -74,33 +75,36 @@ class StepModel:
         self.options = step_options(options)
         self.names = tuple(layer.name for layer in workload.layers)
         self.index = {name: index for index, name in enumerate(self.names)}
-        self._work = demand(workload, self.options)
+        self._quantizable = frozenset(workload.quantizable)
+        self._pricer = Pricer(workload, profile, self.options, self.basis)
         self._lists: dict[str | None, PriceList] = {}
 
     def prices(self, format_name: str | None) -> PriceList:
         """Prices with every quantizable layer in a format (canonical name), or in the baseline for None."""
         if format_name not in self._lists:
-            self._lists[format_name] = price(
-                self.workload, self._work, self.profile, self.options, self.basis, format_name
-            )
+            self._lists[format_name] = self._pricer.prices(format_name)
         return self._lists[format_name]
 
     def plan_formats(self, plan: Mapping[str, str]) -> dict[str, str]:
         """The plan with canonical format names; raises InputError for a layer that cannot be quantized."""
+        canonical = {fmt: self.profile.rate(get_format(fmt)).format for fmt in set(plan.values())}
         for name in plan:
-            if name not in self.index or not self.workload.layers[self.index[name]].quantizable:
+            if name not in self._quantizable:
                 raise InputError(
                     f"layer {name!r} of the plan is not quantizable",
                     hint=suggestion(name, self.workload.quantizable) if self.workload.quantizable else None,
                 )
-        return {name: self.profile.rate(get_format(fmt)).format for name, fmt in plan.items()}
+        return {name: canonical[fmt] for name, fmt in plan.items()}
 
     def mixed(self, plan: Mapping[str, str]) -> PriceList:
         """The columns of a plan with canonical names, put together from the price lists."""
         base = self.prices(None)
+        formats = set(plan.values())
+        if len(formats) == 1 and len(plan) == len(self._quantizable):
+            return self.prices(formats.pop())
         seconds, bounds, kernels = base.seconds.copy(), base.bounds.copy(), base.kernels.copy()
         joules = None if base.joules is None else base.joules.copy()
-        for format_name in set(plan.values()):
+        for format_name in formats:
             columns = [self.index[name] for name, fmt in plan.items() if fmt == format_name]
             found = self.prices(format_name)
             seconds[:, columns], bounds[:, columns] = found.seconds[:, columns], found.bounds[:, columns]
@@ -130,7 +134,7 @@ class StepModel:
         seconds, bounds = found.seconds.copy(), found.bounds.sum(1)
         waits = self.waits(seconds.sum(0), found.kernels)
         seconds[PHASE["launch"]] += waits
-        bounds[BOUNDS.index("launch")] += waits.sum()
+        bounds[LAUNCH] += waits.sum()
         base_waits = float(self.waits(base.seconds.sum(0), base.kernels).sum())
         baseline_s, step_s = float(base.seconds.sum()) + base_waits, float(seconds.sum())
         power = self.profile.power
@@ -152,7 +156,7 @@ class StepModel:
             baseline_energy_joules=base_energy,
             peak_memory_bytes=memory,
             bound=BOUNDS[int(np.argmax(bounds))],
-            native=all(self.profile.rate(fmt).native for fmt in formats.values()),
+            native=all(self.profile.rate(fmt).native for fmt in set(formats.values())),
             phases=dict(zip(PHASES, seconds.sum(1).tolist(), strict=True)),
             layers=dict(zip(self.names, seconds.sum(0).tolist(), strict=True)),
             notes=self._notes(formats, memory),

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulation.errors import InputError, suggestion
+from hwmodels.gemm_arrays import Array, Products
 from hwmodels.profile import stored_bytes
 from hwmodels.workload import Gemm, LayerWork, Product, Workload
 
@@ -101,62 +102,131 @@ class StepOptions:
         return count, -(-batch_size // count)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Demand:
     """All the work of one step.
 
+    The products are sorted by ``cell`` = phase * layers + layer; a cell holds those of one layer in one phase.
+
     Attributes:
-        gemms: the products, one after the other.
-        gemm_layers: index of the layer of each.
-        gemm_phases: index of its phase in ``PHASES``.
-        gemm_result_bytes: bytes per element of its result; 0 where the result never leaves the chip.
-        gemm_repeats: how often the step runs it.
+        products: the distinct matrix products.
+        product: [rows] which of them each row runs.
+        repeats: [rows] how often the step runs it.
+        cells: [cells] the cells that hold products, rising.
+        starts: [cells] the first row of each.
+        rows_layer: [rows] index of the layer.
         bytes: [phases, layers] moved by everything else.
         vector_flops: [phases, layers] float32 operations outside the matrix unit, where they may matter.
         kernels: [phases, layers] launched by everything else.
+        operands: what quantizing a layer has to turn into a format.
     """
 
-    gemms: tuple[Gemm, ...]
-    gemm_layers: NDArray[np.intp]
-    gemm_phases: NDArray[np.intp]
-    gemm_result_bytes: NDArray[np.float64]
-    gemm_repeats: NDArray[np.float64]
-    bytes: NDArray[np.float64]
-    vector_flops: NDArray[np.float64]
-    kernels: NDArray[np.float64]
+    products: Products
+    product: NDArray[np.intp]
+    repeats: Array
+    cells: NDArray[np.intp]
+    starts: NDArray[np.intp]
+    rows_layer: NDArray[np.intp]
+    bytes: Array
+    vector_flops: Array
+    kernels: Array
+    operands: Operands
+
+    def gathered(self, values: Array) -> Array:
+        """Values per row, summed per phase and layer: [phases, layers]."""
+        total = np.zeros(self.bytes.size)
+        if len(self.starts):
+            total[self.cells] = np.add.reduceat(values, self.starts)
+        return total.reshape(self.bytes.shape)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operands:
+    """The operands of each quantizable layer's three products; a tensor may be read by two of them.
+
+    Attributes:
+        elements: [layers] of activation, output gradient and weight.
+        read_elements: [layers] the same, each counted once per product that reads it.
+        tensors: [layers] how many tensors those are.
+        reads: [layers] how many products read them.
+    """
+
+    elements: Array
+    read_elements: Array
+    tensors: Array
+    reads: Array
 
 
 class _Tally:
     """Collects the work of a step while it is counted."""
 
     def __init__(self, layers: int) -> None:
-        self.rows: list[tuple[Gemm, int, int, float, float]] = []
+        self.layers = layers
+        self.rows: list[tuple[int, Gemm, float, float]] = []
         self.bytes, self.vector_flops, self.kernels = (np.zeros((len(PHASES), layers)) for _ in range(3))
 
-    def gemm(self, layer: int, phase: str, gemm: Gemm, result_bytes: float, repeats: float) -> None:
-        self.rows.append((gemm, layer, PHASE[phase], result_bytes, repeats))
+    def gemm(self, layer: int, phase: str, gemm: Gemm, result_width: float, repeats: float) -> None:
+        self.rows.append((PHASE[phase] * self.layers + layer, gemm, result_width, repeats))
 
     def move(self, layer: int, phase: str, moved: float, kernels: float, vector_flops: float = 0.0) -> None:
         self.bytes[PHASE[phase], layer] += moved
         self.kernels[PHASE[phase], layer] += kernels
         self.vector_flops[PHASE[phase], layer] += vector_flops
 
-    def finished(self) -> Demand:
-        columns = list(zip(*self.rows, strict=True)) if self.rows else [()] * 5
+    def finished(self, operands: Operands) -> Demand:
+        self.rows.sort(key=lambda row: row[0])
+        distinct: dict[tuple[float, ...], int] = {}
+        product = [distinct.setdefault(_columns(gemm, width), len(distinct)) for _, gemm, width, _ in self.rows]
+        columns = np.array(list(distinct) or np.empty((0, 6)), dtype=np.float64).reshape(-1, 6).T
+        cell = np.array([row[0] for row in self.rows], dtype=np.intp)
+        cells, starts = np.unique(cell, return_index=True)
         return Demand(
-            gemms=tuple(columns[0]),
-            gemm_layers=np.array(columns[1], dtype=np.intp),
-            gemm_phases=np.array(columns[2], dtype=np.intp),
-            gemm_result_bytes=np.array(columns[3], dtype=np.float64),
-            gemm_repeats=np.array(columns[4], dtype=np.float64),
+            products=Products(**dict(zip(_COLUMNS, columns, strict=True))),
+            product=np.array(product, dtype=np.intp),
+            repeats=np.array([row[3] for row in self.rows], dtype=np.float64),
+            cells=cells,
+            starts=starts,
+            rows_layer=cell % max(self.layers, 1),
             bytes=self.bytes,
             vector_flops=self.vector_flops,
             kernels=self.kernels,
+            operands=operands,
         )
+
+
+_COLUMNS = ("m", "n", "k", "batch", "operand_elements", "result_bytes")
+
+
+def _columns(gemm: Gemm, result_width: float) -> tuple[float, ...]:
+    first = gemm.operand_elements if gemm.operand_elements is not None else gemm.m * gemm.k * gemm.count
+    result = gemm.result_elements if gemm.result_elements is not None else gemm.m * gemm.n * gemm.count
+    return gemm.m, gemm.n, gemm.k, gemm.count, first + gemm.k * gemm.n * gemm.count, result * result_width
+
+
+def _operands(workload: Workload, options: StepOptions) -> Operands:
+    count, examples = options.passes(workload.batch_size)
+    table = np.zeros((4, len(workload.layers)))
+    for index, layer in enumerate(workload.layers):
+        for product in layer.products if layer.quantizable else ():
+            for elements, readers, repeats in (
+                (product.input_elements * examples, 1 + product.grad_weight, count),
+                (product.output_elements * examples, product.grad_input + product.grad_weight, count),
+                (product.weight_elements, 1 + product.grad_input, 1),
+            ):
+                once = min(readers, 1)
+                table[:, index] += np.array([elements * once, elements * readers, once, readers]) * repeats
+    return Operands(elements=table[0], read_elements=table[1], tensors=table[2], reads=table[3])
 
 
 def demand(workload: Workload, options: StepOptions) -> Demand:
     """Count one step's products, bytes and kernels; quantization passes aside, which depend on format and chip."""
+    if options not in workload.memo:
+        workload.memo[options] = _counted(workload, options)
+    found: Demand = workload.memo[options]
+    return found
+
+
+def _counted(workload: Workload, options: StepOptions) -> Demand:
     tally = _Tally(len(workload.layers))
     count, examples = options.passes(workload.batch_size)
     for index, layer in enumerate(workload.layers):
@@ -176,7 +246,7 @@ def demand(workload: Workload, options: StepOptions) -> Demand:
                     3.0 * GRADIENT_BYTES * layer.parameters * (count - 1),
                     count - 1,
                 )
-    return tally.finished()
+    return tally.finished(_operands(workload, options))
 
 
 def _model_passes(tally: _Tally, index: int, layer: LayerWork, options: StepOptions, examples: int, count: int) -> None:

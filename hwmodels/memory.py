@@ -1,16 +1,48 @@
-"""Peak memory of a training step: what is held at its fullest moment."""
+"""Peak memory of a training step: what is held at its fullest moment, a fixed part and a part per example."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from hwmodels.dpsgd import GRADIENT_BYTES, OPTIMIZER_STATES, StepOptions, norm_is_ghost
 from hwmodels.profile import stored_bytes
 from hwmodels.workload import LayerWork, Workload
 
 
-def peak_memory_bytes(workload: Workload, formats: Mapping[str, str], options: StepOptions) -> int:
-    """Bytes held at once, allocator's fragmentation and libraries' workspaces aside.
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Peak memory as a line over the examples of one pass.
+
+    Attributes:
+        fixed_bytes: whatever the batch: weights, gradients, optimizer state.
+        example_bytes: per example of one forward and backward pass.
+    """
+
+    fixed_bytes: float
+    example_bytes: float
+
+    def at(self, examples: int) -> int:
+        """Bytes with so many examples in one pass."""
+        return round(self.fixed_bytes + self.example_bytes * examples)
+
+    def most_examples(self, capacity_bytes: float) -> int:
+        """The most examples of one pass that fit into a capacity; 0 where none does."""
+        return max(0, int((capacity_bytes - self.fixed_bytes) // max(self.example_bytes, 1e-9)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unquantized:
+    """A step's footprint with nothing quantized, and what each quantizable layer would change about it."""
+
+    footprint: Footprint
+    inputs: Mapping[str, int]  # elements per example that the layer keeps in its format
+    outputs: Mapping[str, float]  # elements per example of the output gradients that book-keeping keeps
+    alone: tuple[tuple[frozenset[str], int], ...]  # saved tensors that only quantizable layers read
+
+
+def footprint(workload: Workload, formats: Mapping[str, str], options: StepOptions) -> Footprint:
+    """What a step holds at once, allocator's fragmentation and libraries' workspaces aside.
 
     float32 weights, their baseline copy, the gradient's sum and the optimizer's state; what the forward pass keeps for
     the backward pass (a quantized layer keeps its input's codes instead); and what clipping adds: every per-example
@@ -21,57 +53,73 @@ def peak_memory_bytes(workload: Workload, formats: Mapping[str, str], options: S
         formats: layer -> canonical format of the layers that are quantized.
         options: how the step is done.
     """
+    key = ("footprint", options)
+    if key not in workload.memo:
+        workload.memo[key] = _unquantized(workload, options)
+    plain: _Unquantized = workload.memo[key]
+    width, codes = stored_bytes(options.baseline), {name: stored_bytes(name) for name in set(formats.values())}
+    per_example = plain.footprint.example_bytes
+    for name, format_name in formats.items():
+        code = codes[format_name]
+        per_example += plain.inputs[name] * code + plain.outputs[name] * (code - width)
+    per_example -= sum(elements for layers, elements in plain.alone if layers <= formats.keys()) * width
+    return Footprint(fixed_bytes=plain.footprint.fixed_bytes, example_bytes=per_example)
+
+
+def peak_memory_bytes(workload: Workload, formats: Mapping[str, str], options: StepOptions) -> int:
+    """Bytes held at the step's fullest moment; see ``footprint``."""
+    return footprint(workload, formats, options).at(options.passes(workload.batch_size)[1])
+
+
+def _unquantized(workload: Workload, options: StepOptions) -> _Unquantized:
     width = stored_bytes(options.baseline)
-    _, examples = options.passes(workload.batch_size)
-    trained = workload.parameters * GRADIENT_BYTES * (2 + OPTIMIZER_STATES[options.optimizer])
-    fixed: float = trained + workload.frozen_parameters * GRADIENT_BYTES
+    quantizable = frozenset(workload.quantizable)
+    states = OPTIMIZER_STATES[options.optimizer]
+    fixed: float = workload.parameters * GRADIENT_BYTES * (2 + states) + workload.frozen_parameters * GRADIENT_BYTES
     if width < GRADIENT_BYTES:
         fixed += (workload.parameters + workload.frozen_parameters) * width
-    kept = _kept(workload, formats, width, examples)
+    per_example = width * sum(saved.elements for saved in workload.saved if saved.batched)
+    fixed += width * sum(saved.elements for saved in workload.saved if not saved.batched)
+    keeps_outputs = options.private and options.clipping == "bookkeeping"
+    outputs = {layer.name: _output_elements(layer) if keeps_outputs else 0.0 for layer in workload.layers}
     if options.private:
         if options.eager:  # the noise of all parameters before it is added
             fixed += workload.parameters * GRADIENT_BYTES
-        kept += max((_norm_workspace(layer, options, examples) for layer in workload.layers), default=0.0)
+        per_example += max((_norm_workspace(layer, options) for layer in workload.layers), default=0.0)
+        per_example += width * sum(outputs.values())
         if options.clipping == "hooks":
-            kept += examples * workload.parameters * GRADIENT_BYTES
-        elif options.clipping == "bookkeeping":
-            kept += sum(_output_gradient(layer, formats, width) for layer in workload.layers) * examples
-    return round(fixed + kept)
+            per_example += workload.parameters * GRADIENT_BYTES
+    return _Unquantized(
+        footprint=Footprint(fixed_bytes=fixed, example_bytes=per_example),
+        inputs={name: sum(p.input_elements for p in workload.by_name[name].products) for name in quantizable},
+        outputs={name: outputs[name] for name in quantizable},
+        alone=tuple(
+            (frozenset(saved.layers), saved.elements)
+            for saved in workload.saved
+            if saved.batched and quantizable.issuperset(saved.layers)
+        ),
+    )
 
 
-def _kept(workload: Workload, formats: Mapping[str, str], width: float, examples: int) -> float:
-    """What the forward pass leaves for the backward pass."""
-    kept = 0.0
-    for saved in workload.saved:
-        scale = examples if saved.batched else 1
-        if not all(layer in formats for layer in saved.layers):
-            kept += saved.elements * scale * width
-    for name, format_name in formats.items():
-        code = stored_bytes(format_name)
-        kept += sum(p.input_elements for p in workload.by_name[name].products) * examples * code
-    return kept
-
-
-def _output_gradient(layer: LayerWork, formats: Mapping[str, str], width: float) -> float:
-    """Bytes per example of the output gradients that book-keeping keeps of a layer with parameters."""
+def _output_elements(layer: LayerWork) -> float:
+    """Elements per example of the output gradients of a layer with parameters."""
     if not layer.parameters:
         return 0.0
-    code = stored_bytes(formats[layer.name]) if layer.name in formats else width
     elements = float(sum(p.output_elements for p in layer.products if p.weighted))
     if layer.kind == "norm":
         elements += sum(p.fused_forward for p in layer.passes) / 2
-    return (elements + layer.looked_up) * code
+    return elements + layer.looked_up
 
 
-def _norm_workspace(layer: LayerWork, options: StepOptions, examples: int) -> float:
-    """Bytes at work while one layer's per-example norms are taken; nothing where a fused kernel adds up squares."""
+def _norm_workspace(layer: LayerWork, options: StepOptions) -> float:
+    """Bytes per example while one layer's norms are taken; none where a fused kernel adds up squares."""
     if not options.eager or options.clipping == "hooks":
         return 0.0
-    largest = 0.0
+    largest = 0
     for product in (p for p in layer.products if p.weighted and p.grad_weight):
         if norm_is_ghost(product, options.clipping):
             elements = 2 * product.rows**2 * product.groups if product.rows > 1 else 0
         else:
             elements = product.weight_elements
-        largest = max(largest, float(elements * examples * GRADIENT_BYTES))
-    return largest
+        largest = max(largest, elements)
+    return float(largest * GRADIENT_BYTES)

@@ -13,7 +13,7 @@ from emulation.errors import InputError
 from emulation.formats import Format, get_format
 from hwmodels.cost import StepModel
 from hwmodels.dpsgd import PHASE
-from hwmodels.pricing import Array
+from hwmodels.gemm_arrays import Array
 from hwmodels.profile import HardwareProfile
 from hwmodels.workload import Workload, check_batch_size
 

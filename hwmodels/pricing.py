@@ -6,21 +6,19 @@ every layer in the baseline, one per format with every quantizable layer in it.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from emulation.formats import BlockFormat, get_format
-from hwmodels.dpsgd import PHASE, Demand, StepOptions
-from hwmodels.gemm import GemmRates, gemm_rates, kernel_of, kernel_seconds
+from hwmodels.dpsgd import PHASE, Demand, StepOptions, demand
+from hwmodels.gemm import gemm_rates, kernel_of
+from hwmodels.gemm_arrays import Array, products_seconds
 from hwmodels.profile import Basis, FormatRate, HardwareProfile, stored_bytes
-from hwmodels.workload import Gemm, Workload
-
-Array = NDArray[np.float64]
+from hwmodels.workload import Workload
 
 BOUNDS = ("compute", "memory", "launch")
+LAUNCH = BOUNDS.index("launch")
 HOST_S = 8e-6
 """What eager PyTorch spends on the host per kernel; the device waits where it is faster than that. Assumed."""
 MEMORY_SHARE_OF_POWER = 0.85
@@ -28,7 +26,7 @@ MEMORY_SHARE_OF_POWER = 0.85
 memory-bound GEMMs; used where a profile has no fitted power."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PriceList:
     """Every layer of a workload in one format (or in the baseline), priced on one chip.
 
@@ -45,100 +43,200 @@ class PriceList:
     kernels: Array
 
 
-def price(
-    workload: Workload,
-    work: Demand,
-    profile: HardwareProfile,
-    options: StepOptions,
-    basis: Basis,
-    format_name: str | None,
-) -> PriceList:
-    """Price the step with every quantizable layer in ``format_name`` (None: nothing quantized)."""
-    layers = len(workload.layers)
-    baseline = profile.rate(options.baseline)
-    quantizable = np.array([layer.quantizable for layer in workload.layers], dtype=bool)
-    seconds, bounds, energy = np.zeros_like(work.bytes), np.zeros((3, layers)), np.zeros(layers)
-    kernels = work.kernels.sum(0)
-    in_format = quantizable[work.gemm_layers] & (format_name is not None)
-    for chosen, rate in ((~in_format, baseline), (in_format, profile.rate(format_name or options.baseline))):
-        rows = np.flatnonzero(chosen)
-        if len(rows):
-            _gemms(work, rows, rate, profile, options, basis, seconds, bounds, energy)
-    np.add.at(kernels, work.gemm_layers, work.gemm_repeats)
-    moved, launches, vector = work.bytes.copy(), work.kernels.copy(), work.vector_flops
-    if format_name is not None:
-        extra, passes = quantization(workload, profile.rate(format_name), options)
-        moved[PHASE["quantization"]] += extra
-        launches[PHASE["quantization"]] += passes
-        kernels += passes
-    _passes(moved, launches, vector, profile, baseline, basis, seconds, bounds, energy)
-    return PriceList(seconds=seconds, joules=energy if profile.power else None, bounds=bounds, kernels=kernels)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Power:
+    """Board power of a kernel: idle, joules per FLOP and per byte, and the limit with its corner."""
+
+    idle_w: float
+    limit_w: float
+    per_flop: float
+    per_byte: float
+    sharpness: float | None
+
+    def joules(self, seconds: Array, dynamic: Array) -> Array:
+        """Energy of work that takes ``seconds`` and asks for ``dynamic`` joules beside idle power."""
+        wanted = self.idle_w * seconds + dynamic
+        limit = self.limit_w * seconds
+        if self.sharpness is None:
+            return np.minimum(wanted, limit)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(limit > 0, wanted / limit, 0.0)
+        corner: Array = wanted / (1.0 + ratio**self.sharpness) ** (1.0 / self.sharpness)
+        return corner
 
 
-def _gemms(
-    work: Demand,
-    rows: NDArray[np.intp],
-    rate: FormatRate,
-    profile: HardwareProfile,
-    options: StepOptions,
-    basis: Basis,
-    seconds: Array,
-    bounds: Array,
-    energy: Array,
-) -> None:
-    gemms = [work.gemms[row] for row in rows]
-    results = work.gemm_result_bytes[rows]
-    repeats = work.gemm_repeats[rows]
-    width = stored_bytes(rate.falls_back_to or rate.format)
-    flops = np.array([g.flops for g in gemms], dtype=np.float64)
-    moved = np.array([gemm_bytes(g, width, r) for g, r in zip(gemms, results, strict=True)])
-    compute_s = flops / rate.peak_flops_per_s
-    memory_s = moved / profile.memory.bandwidth_bytes_per_s
-    if basis == "peak":
-        taken, launch = np.maximum(compute_s, memory_s), np.zeros(len(rows))
-    else:
-        taken, launch = _calibrated(gemms, results, rate, profile)
-    layers = work.gemm_layers[rows]
-    np.add.at(seconds, (work.gemm_phases[rows], layers), taken * repeats)
-    np.add.at(bounds, ((compute_s < memory_s).astype(np.intp), layers), (taken - launch) * repeats)
-    np.add.at(bounds[2], layers, launch * repeats)
-    if profile.power:
-        dynamic = _power(profile, rate)
-        joules = np.minimum(
-            profile.power.limit_w * taken,
-            profile.power.idle_w * taken + dynamic[0] * flops + dynamic[1] * moved,
+Parts = tuple[Array, ...]
+"""Seconds, seconds by bound, joules."""
+
+
+class Pricer:
+    """Prices one step's work on one chip, a format at a time."""
+
+    def __init__(self, workload: Workload, profile: HardwareProfile, options: StepOptions, basis: Basis) -> None:
+        self.profile, self.options, self.basis = profile, options, basis
+        self.work: Demand = demand(workload, options)
+        self.baseline = profile.rate(options.baseline)
+        self.quantizable = np.array([layer.quantizable for layer in workload.layers], dtype=bool)
+        self._gemms: dict[tuple[str, float, float], Parts] = {}
+        self._lists: dict[tuple[object, ...] | None, PriceList] = {}
+        self._kernels = self.work.kernels.sum(0)
+        np.add.at(self._kernels, self.work.rows_layer, self.work.repeats)
+        plain = self._price_passes(self.work.bytes, self.work.vector_flops, self.work.kernels)
+        plain[0][PHASE["launch"]] += plain[1][LAUNCH]
+        self._plain = plain
+
+    def prices(self, format_name: str | None) -> PriceList:
+        """Prices with every quantizable layer in a format, the others and everything for None in the baseline."""
+        rate = None if format_name is None else self.profile.rate(format_name)
+        casts = None if rate is None else casting(rate, self.options)
+        key = None if rate is None else (rate.timed_as, rate.peak_flops_per_s, casts)
+        if key not in self._lists:  # formats that fall back to the same one cost the same
+            base = self._gemm_prices(self.baseline)
+            parts: Parts = tuple(plain + gemm for plain, gemm in zip(self._plain, base, strict=True))
+            kernels = self._kernels
+            if rate is not None and casts is not None:
+                chosen, own = self.quantizable, self._gemm_prices(rate)
+                extra, launched = self._price_casts(rate, casts)
+                difference = zip(parts, own, base, strict=True)
+                parts = tuple(part + np.where(chosen, mine - theirs, 0) for part, mine, theirs in difference)
+                parts[0][PHASE["quantization"]] += extra[0]
+                parts = parts[0], parts[1] + extra[1], parts[2] + extra[2]
+                kernels = kernels + launched
+            self._lists[key] = PriceList(
+                seconds=parts[0], bounds=parts[1], kernels=kernels, joules=parts[2] if self.profile.power else None
+            )
+        return self._lists[key]
+
+    def _gemm_prices(self, rate: FormatRate) -> Parts:
+        """Seconds [phases, layers], seconds by bound [3, layers] and joules [layers] of all products at a rate."""
+        width = stored_bytes(rate.falls_back_to or rate.format)
+        key = (rate.timed_as, rate.peak_flops_per_s, width)
+        if key not in self._gemms:
+            work, products = self.work, self.work.products
+            flops, moved = products.flops, products.moved_bytes(width)
+            compute_s = flops / rate.peak_flops_per_s
+            memory_s = moved / self.profile.memory.bandwidth_bytes_per_s
+            if self.basis == "peak":
+                taken, launch = np.maximum(compute_s, memory_s), np.zeros(len(flops))
+            else:
+                taken, launch = self._calibrated(rate)
+            power = self._power(rate)
+            joules = power.joules(taken, power.per_flop * flops + power.per_byte * moved) if power else 0 * taken
+            part, by_compute = taken - launch, compute_s >= memory_s
+            columns = np.stack([taken, part * by_compute, part * ~by_compute, launch, joules])
+            rows = columns[:, work.product] * work.repeats
+            cells = [work.gathered(row) for row in rows]
+            self._gemms[key] = cells[0], np.stack([cell.sum(0) for cell in cells[1:4]]), cells[4].sum(0)
+        return self._gemms[key]
+
+    def _calibrated(self, rate: FormatRate) -> tuple[Array, Array]:
+        """Seconds of each distinct product by the fitted model, and the fixed part of them."""
+        calibration = self.profile.calibration
+        assert calibration is not None  # checked_basis() has refused the basis otherwise
+        kernel = calibration.kernels[kernel_of(rate, calibration)]
+        taken = products_seconds(self.work.products, kernel, gemm_rates(rate, self.profile))
+        return taken, np.minimum(taken, kernel.fixed_s + kernel.wave_s)
+
+    def _price_casts(self, rate: FormatRate, casts: Casts) -> tuple[Parts, Array]:
+        """Price the quantization passes of every layer: seconds, bounds and joules [layers], and kernels [layers].
+
+        On the calibrated basis with the measured fixed costs and bandwidths of such passes, where there are any.
+        """
+        once, each = self.work.operands.elements, self.work.operands.read_elements
+        tensors, reads = self.work.operands.tensors, self.work.operands.reads
+        cast_bytes = sum(share * part for share, part in zip(casts.cast_bytes, (once, each), strict=True))
+        amax_bytes = casts.amax_bytes * once
+        launched = reads if casts.per_reader else tensors
+        amaxes = tensors * (casts.amax_bytes > 0)
+        bandwidth, fixed = self.profile.memory.bandwidth_bytes_per_s, np.zeros_like(once)
+        seconds = (cast_bytes + amax_bytes) / bandwidth
+        calibration = self.profile.calibration
+        if self.basis == "calibrated" and calibration is not None:
+            kernel = calibration.kernels[kernel_of(rate, calibration)]
+            passes = kernel.quantize
+            launch_s = self.profile.launch_s
+            cast_s, amax_s = (passes.cast_s, passes.amax_s or launch_s) if passes else (launch_s, launch_s)
+            cast_rate = passes.cast_bandwidth_efficiency if passes else kernel.bandwidth_efficiency
+            amax_rate = (passes.amax_bandwidth_efficiency if passes else None) or cast_rate
+            fixed = launched * cast_s + amaxes * amax_s
+            seconds = (cast_bytes / cast_rate + amax_bytes / amax_rate) / bandwidth
+        power = self._power(self.baseline)
+        joules = np.zeros_like(once)
+        if power:
+            joules = power.joules(seconds, power.per_byte * (cast_bytes + amax_bytes)) + power.idle_w * fixed
+        bounds = np.stack([np.zeros_like(once), seconds, fixed])
+        return (seconds + fixed, bounds, joules), launched + amaxes
+
+    def _price_passes(self, moved: Array, vector: Array, launches: Array) -> Parts:
+        """Everything that is no product: memory traffic or float32 arithmetic, whichever is longer, and launches.
+
+        Returns:
+            Seconds like ``moved``, launches aside; seconds by bound [3, layers]; joules [layers].
+        """
+        bandwidth, launch_s = self.profile.memory.bandwidth_bytes_per_s, 0.0
+        if self.basis == "calibrated" and self.profile.calibration is not None:
+            kernel = kernel_of(self.baseline, self.profile.calibration)
+            bandwidth *= self.profile.calibration.kernels[kernel].bandwidth_efficiency
+            launch_s = self.profile.launch_s
+        memory_s, compute_s = moved / bandwidth, vector / self.profile.vector_flops_per_s
+        taken, by_compute = np.maximum(memory_s, compute_s), compute_s > memory_s
+        fixed = launches.sum(0) * launch_s
+        bounds = np.stack([np.where(by_compute, taken, 0).sum(0), np.where(by_compute, 0, taken).sum(0), fixed])
+        joules = np.zeros(moved.shape[1])
+        power = self._power(self.baseline)
+        if power:
+            per_flop = (power.limit_w - power.idle_w) / self.profile.vector_flops_per_s
+            dynamic = power.per_byte * moved + per_flop * vector
+            joules = power.joules(taken, dynamic).sum(0) + power.idle_w * fixed
+        return taken, bounds, joules
+
+    def _power(self, rate: FormatRate) -> _Power | None:
+        """Fitted power on the calibrated basis; else dynamic power such that the published peak draws the limit."""
+        profile = self.profile
+        if profile.power is None:
+            return None
+        limit, idle = profile.power.limit_w, profile.power.idle_w
+        fitted = profile.calibration.power if profile.calibration is not None else None
+        if self.basis == "peak" or fitted is None or profile.calibration is None:
+            dynamic = limit - idle
+            return _Power(
+                idle_w=idle,
+                limit_w=limit,
+                per_flop=dynamic / rate.peak_flops_per_s,
+                per_byte=MEMORY_SHARE_OF_POWER * dynamic / profile.memory.bandwidth_bytes_per_s,
+                sharpness=None,
+            )
+        kernel = kernel_of(rate, profile.calibration)
+        per_flop = fitted.joules_per_flop.get(kernel)
+        if per_flop is None:  # not measured: in proportion to the rates, as the measured formats roughly are
+            reference = profile.rate("bfloat16").peak_flops_per_s
+            per_flop = fitted.joules_per_flop["bfloat16"] * reference / rate.peak_flops_per_s
+        return _Power(
+            idle_w=fitted.idle_w,
+            limit_w=fitted.saturation * limit,
+            per_flop=per_flop,
+            per_byte=fitted.joules_per_byte,
+            sharpness=fitted.sharpness,
         )
-        np.add.at(energy, layers, joules * repeats)
 
 
-def gemm_bytes(gemm: Gemm, operand_width: float, result_width: float) -> float:
-    """Bytes that a product moves at least: distinct operand elements read once, the result written once."""
-    first = gemm.operand_elements if gemm.operand_elements is not None else gemm.m * gemm.k * gemm.count
-    result = gemm.result_elements if gemm.result_elements is not None else gemm.m * gemm.n * gemm.count
-    return (first + gemm.k * gemm.n * gemm.count) * operand_width + result * result_width
+@dataclass(frozen=True, kw_only=True)
+class Casts:
+    """How operands are turned into a format: bytes of the passes, per element.
+
+    Attributes:
+        cast_bytes: read and written by casts, per element once and per element and product that reads it.
+        amax_bytes: read by a pass before, which finds the largest value of each example; 0: no such pass.
+        per_reader: a kernel per product that reads the tensor; else one per tensor.
+    """
+
+    cast_bytes: tuple[float, float]
+    amax_bytes: float
+    per_reader: bool
 
 
-def _calibrated(gemms: list[Gemm], results: Array, rate: FormatRate, profile: HardwareProfile) -> tuple[Array, Array]:
-    """Seconds of each product by the fitted model, and the fixed part of them."""
-    calibration = profile.calibration
-    assert calibration is not None  # estimate() has refused the basis otherwise
-    kernel = calibration.kernels[kernel_of(rate, calibration)]
-    rates = gemm_rates(rate, profile)
-    cache: dict[tuple[int, int, int, int, float], float] = {}
-    by_width: dict[float, GemmRates] = {}
-    taken = np.empty(len(gemms))
-    for index, (gemm, width) in enumerate(zip(gemms, results, strict=True)):
-        key = (gemm.m, gemm.n, gemm.k, gemm.count, float(width))
-        if key not in cache:
-            if width not in by_width:
-                by_width[width] = dataclasses.replace(rates, output_bytes=float(width))
-            cache[key] = kernel_seconds(gemm.m, gemm.n, gemm.k, kernel, by_width[width], batch=gemm.count)
-        taken[index] = cache[key]
-    return taken, np.minimum(taken, kernel.fixed_s + kernel.wave_s)
-
-
-def quantization(workload: Workload, rate: FormatRate, options: StepOptions) -> tuple[Array, Array]:
-    """Bytes and kernels, per layer, of turning a layer's operands into the format.
+def casting(rate: FormatRate, options: StepOptions) -> Casts:
+    """How a chip's operands are turned into a format.
 
     Each of activation, output gradient and weight is quantized once for every product that reads it where blocks run
     along the product's inner dimension, else once, with a transposed copy where the chip takes operands in one layout
@@ -147,72 +245,16 @@ def quantization(workload: Workload, rate: FormatRate, options: StepOptions) -> 
     """
     fmt = get_format(rate.format)
     block = isinstance(fmt, BlockFormat) and fmt.block_size is not None
-    local = block and not getattr(fmt, "tensor_scale", False)
-    emulated = rate.falls_back_to is not None
-    width = stored_bytes(options.baseline)
-    code = stored_bytes(rate.falls_back_to or rate.format)
-    one_layout = "TN" in rate.layouts and len(rate.layouts) == 1 and not emulated
-    count, examples = options.passes(workload.batch_size)
-    moved, kernels = np.zeros(len(workload.layers)), np.zeros(len(workload.layers))
-    for index, layer in enumerate(workload.layers):
-        if not layer.quantizable:
-            continue
-        for product in layer.products:
-            tensors = (
-                (product.input_elements * examples, 1 + product.grad_weight, count),
-                (product.output_elements * examples, product.grad_input + product.grad_weight, count),
-                (product.weight_elements, 1 + product.grad_input, 1),
-            )
-            for elements, readers, repeats in tensors:
-                copies = readers if block or one_layout else min(readers, 1)
-                if not copies:
-                    continue
-                if options.eager:
-                    read = width * (copies if block else 1) + (0 if local else width)
-                    read += 0.0 if block else code * (copies - 1)
-                    launched = copies + (0 if local else 1)
-                else:
-                    read, launched = width, 1
-                moved[index] += repeats * elements * (read + copies * code)
-                kernels[index] += repeats * launched
-    return moved, kernels
-
-
-def _passes(
-    moved: Array,
-    launches: Array,
-    vector: Array,
-    profile: HardwareProfile,
-    baseline: FormatRate,
-    basis: Basis,
-    seconds: Array,
-    bounds: Array,
-    energy: Array,
-) -> None:
-    """Everything that is no product: the longer of memory traffic and float32 arithmetic, and the launches."""
-    bandwidth, launch_s = profile.memory.bandwidth_bytes_per_s, 0.0
-    if basis == "calibrated" and profile.calibration is not None:
-        bandwidth *= profile.calibration.kernels[kernel_of(baseline, profile.calibration)].bandwidth_efficiency
-        launch_s = profile.launch_s
-    memory_s, compute_s = moved / bandwidth, vector / profile.vector_flops_per_s
-    taken = np.maximum(memory_s, compute_s)
-    seconds += taken
-    bounds[0] += np.where(compute_s > memory_s, taken, 0).sum(0)
-    bounds[1] += np.where(compute_s > memory_s, 0, taken).sum(0)
-    fixed = launches.sum(0) * launch_s
-    seconds[PHASE["launch"]] += fixed
-    bounds[2] += fixed
-    if profile.power:
-        per_byte = _power(profile, baseline)[1]
-        idle, limit = profile.power.idle_w, profile.power.limit_w
-        arithmetic = (limit - idle) / profile.vector_flops_per_s
-        energy += np.minimum(limit * taken, idle * taken + per_byte * moved + arithmetic * vector).sum(0) + idle * fixed
-
-
-def _power(profile: HardwareProfile, rate: FormatRate) -> tuple[float, float]:
-    """Dynamic joules per FLOP of a format and per byte: fitted, else such that the peak rate draws the limit."""
-    assert profile.power is not None
-    dynamic = profile.power.limit_w - profile.power.idle_w
-    per_flop = dynamic / rate.peak_flops_per_s
-    per_byte = MEMORY_SHARE_OF_POWER * dynamic / profile.memory.bandwidth_bytes_per_s
-    return per_flop, per_byte
+    local = isinstance(fmt, BlockFormat) and block and not fmt.tensor_scale
+    width, code = stored_bytes(options.baseline), stored_bytes(rate.falls_back_to or rate.format)
+    copies = block or (rate.layouts == ("TN",) and rate.falls_back_to is None)
+    written = (0.0, code) if copies else (code, 0.0)
+    if not options.eager:
+        return Casts(cast_bytes=(width + written[0], written[1]), amax_bytes=0.0, per_reader=False)
+    # blocks: quantized anew along each direction; else transposed copies are made of the codes, reading and writing them
+    read = (0.0, width) if block else (width - code, code) if copies else (width, 0.0)
+    return Casts(
+        cast_bytes=(written[0] + read[0], written[1] + read[1]),
+        amax_bytes=0.0 if local else width,
+        per_reader=copies,
+    )

@@ -7,7 +7,7 @@ Every quantity is per example, so that one trace serves any batch size. Products
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,6 +226,7 @@ class Workload:
         parameters: trainable elements.
         frozen_parameters: elements that are not trained.
         uncounted: what the trace met and could only guess or leave out, in words.
+        memo: what was counted of it before, so that many chips and formats share the counting.
     """
 
     layers: tuple[LayerWork, ...]
@@ -234,6 +235,7 @@ class Workload:
     parameters: int
     frozen_parameters: int = 0
     uncounted: tuple[str, ...] = ()
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
