@@ -149,10 +149,8 @@ def _float_codes(q: Tensor, fmt: NumberFormat) -> Tensor:
     codes = torch.where(torch.isnan(q), nan, codes)
     if not fmt.signed:
         return codes
-    sign = 1 << (fmt.bits - 1)
-    if fmt.bits == 32:
-        sign = -(1 << 31)
-    return codes | torch.where(bits < 0, sign, 0)
+    sign = -(1 << 31) if fmt.bits == 32 else 1 << (fmt.bits - 1)
+    return codes | ((bits >> 31) & sign)
 
 
 def decode(codes: Tensor, fmt: str | Format) -> Tensor:

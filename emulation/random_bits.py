@@ -63,7 +63,7 @@ def index_products(count: int, device: torch.device) -> Tensor:
 
 
 def hash_bits(products: Tensor, keys: Tensor, offset: int = 0) -> Tensor:
-    """32 uniform random bits of each (key, index): lowbias32 of the index with the key's two halves mixed in.
+    """32 uniform random bits of each (key, index): lowbias32 of the index, the halves of the mixed key stirred in.
 
     Args:
         products: int32, from ``index_products``; any shape.
@@ -73,6 +73,7 @@ def hash_bits(products: Tensor, keys: Tensor, offset: int = 0) -> Tensor:
     Returns:
         int32 of the broadcast shape; indices count modulo 2^32.
     """
+    keys = _splitmix(keys)  # keys that users count up by one, or in the upper half alone, must not look alike
     low = ((keys << 32) >> 32).to(torch.int32) + _signed(offset * _GOLDEN, 32)
     high = (keys >> 32).to(torch.int32)
     h = _xor_shift(products + low, 16, 32) * _signed(_LOWBIAS[0], 32)
