@@ -136,7 +136,8 @@ class StepModel:
         seconds[PHASE["launch"]] += waits
         bounds[LAUNCH] += waits.sum()
         base_waits = float(self.waits(base.seconds.sum(0), base.kernels).sum())
-        baseline_s, step_s = float(base.seconds.sum()) + base_waits, float(seconds.sum())
+        baseline_s = float(base.seconds.sum()) + base_waits
+        step_s = float(found.seconds.sum()) + float(waits.sum())
         power = self.profile.power
         memory = peak_memory_bytes(self.workload, formats, self.options)
         energy = (

@@ -251,7 +251,7 @@ def casting(rate: FormatRate, options: StepOptions) -> Casts:
     written = (0.0, code) if copies else (code, 0.0)
     if not options.eager:
         return Casts(cast_bytes=(width + written[0], written[1]), amax_bytes=0.0, per_reader=False)
-    # blocks: quantized anew along each direction; else transposed copies are made of the codes, reading and writing them
+    # blocks are quantized anew along each direction; other transposed copies read and write codes
     read = (0.0, width) if block else (width - code, code) if copies else (width, 0.0)
     return Casts(
         cast_bytes=(written[0] + read[0], written[1] + read[1]),
