@@ -288,10 +288,9 @@ def quantize_model(module: nn.Module, preset: str | Format | LayerPrecision = "l
                 twins[layer] = _twin(layer, precision, rounding, next(indices))
             return twins[layer]
         if not isinstance(layer, nn.MultiheadAttention):  # its projections are used as raw weights
-            for name, child in list(layer.named_children()):
-                replaced = twin(child)
-                if replaced is not child:
-                    setattr(layer, name, replaced)
+            for name, child in layer._modules.items():  # named_children() gives a shared child once only
+                if child is not None:
+                    layer._modules[name] = twin(child)
         return layer
 
     return twin(module)

@@ -140,18 +140,27 @@ def _rotate(matrices: Tensor) -> Tensor:
 
 
 def _recipe(name: str, forward: Format | str, backward: Format | str | None = None) -> LayerPrecision:
-    """One format for x and W, one for the gradient; 4-bit gradients are rounded stochastically, to stay unbiased."""
+    """One format for x and W, one for the gradient.
+
+    4-bit gradients are rounded stochastically, and MX scales are then rounded up so that nothing saturates: their
+    rounding is unbiased. (NVFP4's scales are NVIDIA's, which may cut a block's largest element.)
+    """
     forward = get_format(forward)
     backward = forward if backward is None else get_format(backward)
     blocked = isinstance(forward, BlockFormat) and forward.block_size is not None
     two_level = isinstance(forward, BlockFormat) and forward.tensor_scale
     unit: Granularity = "block" if blocked else "example"
+    stochastic = backward.bits <= 4
+    mx = isinstance(backward, BlockFormat) and backward.scale_rule == "floor"
     return LayerPrecision(
         name=name,
         weight=Quantizer(forward, granularity="tensor", square_blocks=two_level),
         input=Quantizer(forward, granularity=unit),
         grad_output=Quantizer(
-            backward, granularity=unit, rounding="stochastic" if backward.bits <= 4 else "nearest_even"
+            backward,
+            granularity=unit,
+            rounding="stochastic" if stochastic else "nearest_even",
+            scale_rule="rceil" if stochastic and mx else None,
         ),
         hadamard=two_level,
     )
@@ -170,7 +179,7 @@ PRESETS: Mapping[str, LayerPrecision] = MappingProxyType(
 
 ``luq_fp4``: the 4-bit logarithmic grid of LUQ (arXiv 2112.10769) for all three, forward to nearest, gradients
 stochastic. ``fp8``: E4M3 forward, E5M2 gradients (arXiv 2209.05433). ``mxfp8``: E4M3 with MX scales for all three
-(arXiv 2506.08027). ``mxfp4``: E2M1 with MX scales, gradients stochastic (arXiv 2502.20586). ``nvfp4``: NVIDIA's
+(arXiv 2506.08027). ``mxfp4``: E2M1 with MX scales, gradients stochastic (after arXiv 2502.20586). ``nvfp4``: NVIDIA's
 training recipe (arXiv 2509.25149): square weight blocks, stochastic gradients, rotated weight-gradient operands.
 """
 

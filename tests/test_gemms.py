@@ -1,0 +1,118 @@
+"""The three GEMMs and the per-example weight gradient, against torch's layers and autograd one example at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from emulation import gemms
+from emulation.gemms import WeightGradient
+
+
+def operands(layer: nn.Module, x: Tensor) -> tuple[WeightGradient, Tensor]:
+    """The weight-gradient operands of a random output gradient, and every example's gradient by autograd alone."""
+    out = layer(x)
+    g = torch.randn_like(out)
+    alone = []
+    for i in range(len(x)):
+        (grad,) = torch.autograd.grad(layer(x[i : i + 1]), layer.weight, g[i : i + 1])
+        alone.append(grad)
+    padded = gemms.pad_input(layer, x)
+    conv = gemms.geometry(layer)
+    torch.testing.assert_close(gemms.output(padded, layer.weight, layer.bias, conv), out)
+    inputs = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(gemms.output(gemms.pad_input(layer, inputs), layer.weight, None, conv), inputs, g)
+    if padded is x:
+        torch.testing.assert_close(gemms.grad_input(g, layer.weight, padded, conv), expected)
+    found = WeightGradient(weight=layer.weight.detach(), x=padded.detach(), grad_output=g, conv=conv)
+    return found, torch.stack(alone)
+
+
+def rows_of(gradient: WeightGradient) -> WeightGradient:
+    x, g = gradient.matrices()
+    return WeightGradient(weight=gradient.weight, x=x, grad_output=g, conv=gradient.conv, rows=True)
+
+
+def check(gradient: WeightGradient, alone: Tensor) -> None:
+    factors = torch.rand(len(alone), dtype=alone.dtype)
+    for form in (gradient, rows_of(gradient)):
+        assert form.batch_size == len(alone)
+        assert form.reduction == gradient.reduction
+        torch.testing.assert_close(form.per_example(), alone)
+        torch.testing.assert_close(form.total(), alone.sum(0))
+        torch.testing.assert_close(form.weighted_sum(factors), torch.einsum("n,n...->...", factors, alone))
+        torch.testing.assert_close(form.squared_norms(), alone.flatten(1).square().sum(1))
+        dropped = torch.arange(len(alone)) == 1
+        kept = alone.clone()
+        kept[1:2] = 0
+        torch.testing.assert_close(form.without(dropped).per_example(), kept)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (5, 2, 3, 6), (1, 4, 6)])
+def test_linear(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    check(*operands(nn.Linear(6, 4).double(), torch.randn(shape, dtype=torch.float64)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), dims=st.integers(1, 3))
+def test_convolution_of_any_geometry(data: st.DataObject, dims: int) -> None:
+    each = lambda low, high: tuple(data.draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    kernel, dilation, groups = each(1, 3), each(1, 2), data.draw(st.sampled_from([1, 2]))
+    mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = data.draw(st.sampled_from(["same", "valid", "numbers"]))
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    layer = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](
+        2 * groups,
+        2 * groups,
+        kernel,
+        stride=1 if padding == "same" else each(1, 2),
+        padding=each(0, 2) if padding == "numbers" else padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=mode,
+    ).double()
+    x = torch.randn(3, 2 * groups, *[data.draw(st.integers(5, 6)) for _ in range(dims)], dtype=torch.float64)
+    check(*operands(layer, x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_patches_are_those_of_torch(groups: int) -> None:
+    layer = nn.Conv2d(4, 4, 3, stride=2, padding=1, dilation=2, groups=groups)
+    x = torch.randn(2, 4, 9, 8)
+    conv = gemms.geometry(layer)
+    assert conv is not None
+    expected = F.unfold(x, 3, dilation=2, padding=1, stride=2)
+    assert torch.equal(gemms.patches(x, conv).reshape(expected.shape), expected)
+    rows = gemms.patch_rows(x, conv)
+    gram = gemms.patches(x, conv).transpose(1, 2) @ gemms.patches(x, conv)
+    torch.testing.assert_close(rows @ rows.transpose(1, 2), gram)
+
+
+def test_bias_gradients_sum_over_positions() -> None:
+    g = torch.randn(3, 4, 5, 6)
+    torch.testing.assert_close(gemms.position_sums(g, gemms.geometry(nn.Conv2d(1, 4, 1))), g.sum((2, 3)))
+    torch.testing.assert_close(gemms.position_sums(g, None), g.sum((1, 2)))
+    assert gemms.position_sums(g[:, :, 0, 0], None) is not None
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3)])
+def test_no_examples(layer: nn.Module) -> None:
+    x = torch.zeros(0, 3) if isinstance(layer, nn.Linear) else torch.zeros(0, 3, 5, 5)
+    g = torch.zeros(0, 2) if isinstance(layer, nn.Linear) else torch.zeros(0, 2, 3, 3)
+    gradient = WeightGradient(weight=layer.weight.detach(), x=x, grad_output=g, conv=gemms.geometry(layer))
+    assert gradient.per_example().shape == (0, *layer.weight.shape)
+    assert not gradient.total().any()
+
+
+def test_dropping_an_example_drops_its_nan() -> None:
+    x = torch.ones(2, 3)
+    x[1] = float("nan")
+    zeroed = gemms.zero_examples(x, torch.tensor([False, True]))
+    assert torch.equal(zeroed, torch.tensor([[1.0] * 3, [0.0] * 3]))
+    assert x[1].isnan().all(), "the input is not changed"
