@@ -107,21 +107,20 @@ class KernelCalibration:
 
 @dataclass(frozen=True, kw_only=True)
 class PowerCalibration:
-    """The constants of the board's power, ``min(limit, idle + dynamic)``, one energy per operation and kernel.
+    """The constants of the board's power, ``min(limit, idle + dynamic)``.
 
     Attributes:
         idle_w: board power of a kernel that hardly does anything.
         joules_per_byte: of memory traffic.
         joules_per_flop: kernel (a key of ``KERNELS``) -> energy of an operation.
-        saturation: how close to its limit a board runs when the sum exceeds it (1: at the limit).
-        sharpness: exponent that joins demand and limit: infinity is a hard minimum.
+        saturation: fraction of its limit that a board draws when the work asks for more.
+        fitted: errors are of power at the measured time.
     """
 
     idle_w: float
     joules_per_byte: float
     joules_per_flop: Mapping[str, float]
     saturation: float
-    sharpness: float
     fitted: Fitted
 
 
@@ -190,8 +189,7 @@ _POWER_FIELDS = Fields(
         "idle_w": Number(minimum=0.0, doc="of a kernel that hardly does anything"),
         "joules_per_byte": Number(minimum=0.0, below=1e-6),
         "joules_per_flop": Table(keys=tuple(KERNELS), value=Number(minimum=0.0, below=1e-6)),
-        "saturation": Number(above=0.0, maximum=1.1, doc="fraction of the limit that a saturated board runs at"),
-        "sharpness": Number(minimum=1.0, maximum=64.0, doc="exponent that joins demand and limit"),
+        "saturation": Number(above=0.0, maximum=1.1, doc="fraction of the limit that a saturated board draws"),
         "fitted": _FITTED,
     },
 )

@@ -1,6 +1,7 @@
 """Fitting the GEMM model to measurements: constants by least squares, tile menu by search, correction by penalties.
 
-The model is evaluated here on arrays; it is the same formula as ``hwmodels.gemm``'s, and a test holds them equal.
+The constants have physical meanings and few enough of them are free that shapes, sizes and sibling chips which were
+kept from a fit are predicted about as well as those that were not (``docs/calibration.md`` has the errors).
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from numpy.typing import NDArray
 
 from emulation.errors import InputError
 from hwmodels.calibration import Correction, Fitted, KernelCalibration, QuantizeCalibration
-from hwmodels.gemm import FADE_OCTAVES, LEAST_SPLIT_K, GemmRates
-
-Array = NDArray[np.float64]
+from hwmodels.gemm import GemmRates, quantize_seconds
+from hwmodels.gemm_arrays import Array, Products, products_seconds
 
 TILES = tuple((m, n) for m in (16, 32, 64, 128, 256) for n in (32, 64, 128, 256))
 TILES += ((64, 16), (128, 16), (192, 128), (128, 192))
@@ -67,76 +67,38 @@ def gemm_rows(shapes: Sequence[tuple[int, int, int]], seconds: Sequence[float]) 
 
 
 def predict(rows: GemmRows, kernel: KernelCalibration, rates: GemmRates, *, quantize: bool = True) -> Array:
-    """Seconds of every row: ``gemm.kernel_seconds`` on arrays, plus the activation's quantization where it is asked."""
-    seconds = _physical_seconds(rows, kernel, rates)
-    if kernel.correction is not None:
-        seconds = seconds * np.exp(_correction(rows, kernel.correction))
-    return seconds + _quantize_seconds(rows, kernel, rates) if quantize else seconds
+    """Seconds of every row: the GEMM, and the quantization of its activation unless that is not asked for."""
+    seconds = products_seconds(_products(rows, rates), kernel, rates)
+    return seconds + _quantize_s(rows, kernel, rates) if quantize else seconds
 
 
-def _physical_seconds(rows: GemmRows, kernel: KernelCalibration, rates: GemmRates) -> Array:
-    m, n, k, operand = rows.m, rows.n, rows.k, rates.operand_bytes
-    footprint = operand * k * (m + n) + rates.output_bytes * m * n
-    kept = kernel.resident * rates.cache_bytes
-    missed = footprint * -np.expm1(-footprint / kept) if kept > 0 else footprint
-    memory_s = missed / (kernel.bandwidth_efficiency * rates.bandwidth_bytes_per_s)
-    cache_rate = kernel.cache_bytes_per_flop * rates.reference_flops_per_s
-    unit_rate = kernel.compute_efficiency * rates.peak_flops_per_s / rates.units
-    unit_cache_rate = cache_rate / rates.units
-    overlap, rounding = kernel.overlap, kernel.wave_rounding
-    best = np.full(m.shape, math.inf)
-    for tile_rows, columns in kernel.tiles:
-        tiles = np.ceil(m / tile_rows) * np.ceil(n / columns)
-        for parts in kernel.splits:
-            depth = k / parts
-            multiply_s = 2 * tile_rows * columns * depth / unit_rate
-            load_s = (tile_rows + columns) * depth * operand / unit_cache_rate
-            tile_s = (multiply_s**4 + load_s**4) ** 0.25 + kernel.wave_s
-            waves = tiles * parts / rates.units
-            waves = np.maximum(waves + rounding * (np.ceil(waves) - waves), 1.0)
-            extra_s = kernel.split_s + 8.0 * parts * m * n / cache_rate if parts > 1 else 0.0
-            seconds = ((waves * tile_s) ** overlap + memory_s**overlap) ** (1 / overlap) + extra_s
-            best = np.where((parts > 1) & (depth < LEAST_SPLIT_K), best, np.minimum(best, seconds))
-    return best + kernel.fixed_s
+def _products(rows: GemmRows, rates: GemmRates) -> Products:
+    return Products(
+        m=rows.m,
+        n=rows.n,
+        k=rows.k,
+        batch=np.ones_like(rows.m),
+        operand_elements=rows.k * (rows.m + rows.n),
+        result_bytes=rates.output_bytes * rows.m * rows.n,
+    )
 
 
-def _quantize_seconds(rows: GemmRows, kernel: KernelCalibration, rates: GemmRates) -> Array:
-    passes = kernel.quantize
-    if passes is None:
-        return np.zeros_like(rows.m)
-    elements, bandwidth = rows.m * rows.k, rates.bandwidth_bytes_per_s
-    seconds = elements * (2.0 + rates.operand_bytes) / (passes.cast_bandwidth_efficiency * bandwidth)
-    if passes.amax_bandwidth_efficiency is not None:
-        seconds = seconds + elements * 2.0 / (passes.amax_bandwidth_efficiency * bandwidth)
-    return seconds + (passes.amax_s + passes.cast_s)
+def _quantize_s(rows: GemmRows, kernel: KernelCalibration, rates: GemmRates) -> Array:
+    fixed = quantize_seconds(0, kernel, rates)
+    return fixed + (quantize_seconds(1, kernel, rates) - fixed) * rows.m * rows.k
 
 
-def _place(x: Array, knots: Array) -> tuple[NDArray[np.int64], Array, Array]:
-    index = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
-    fraction = np.clip((x - knots[index]) / (knots[index + 1] - knots[index]), 0.0, 1.0)
-    return index, fraction, np.maximum(np.maximum(knots[0] - x, x - knots[-1]), 0.0)
-
-
-def _weights(rows: GemmRows, grid: Correction) -> tuple[NDArray[np.int64], Array]:
-    """For every row the eight grid points around it and their weights, fading included: [rows, 8] each."""
-    axes = (rows.m, grid.log2_m), (rows.n, grid.log2_n), (rows.k, grid.log2_k)
-    places = [_place(np.log2(sizes), np.array(knots)) for sizes, knots in axes]
-    fade = np.clip(1.0 - np.max([outside for _, _, outside in places], axis=0) / FADE_OCTAVES, 0.0, 1.0)
-    points, weights = [], []
-    for corner in range(8):
-        point, weight = np.zeros(len(rows), dtype=np.int64), fade
-        for axis, (index, fraction, _) in enumerate(places):
-            up = corner >> (2 - axis) & 1
-            point = point * len(axes[axis][1]) + index + up
-            weight = weight * (fraction if up else 1.0 - fraction)
-        points.append(point)
-        weights.append(weight)
-    return np.stack(points, axis=1), np.stack(weights, axis=1)
-
-
-def _correction(rows: GemmRows, grid: Correction) -> Array:
-    points, weights = _weights(rows, grid)
-    return np.asarray((np.array(grid.values)[points] * weights).sum(axis=1))
+def _spread(rows: GemmRows, grid: Correction) -> tuple[NDArray[np.int64], Array]:
+    """For every row the eight grid points around it and their shares of its value: [rows, 8] each."""
+    points, shares = np.zeros((len(rows), 8), dtype=np.int64), np.ones((len(rows), 8))
+    up = np.arange(8)[:, None] >> np.array([2, 1, 0]) & 1
+    for axis, (sizes, logs) in enumerate(((rows.m, grid.log2_m), (rows.n, grid.log2_n), (rows.k, grid.log2_k))):
+        knots, x = np.array(logs), np.log2(sizes)
+        index = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
+        fraction = (x - knots[index]) / (knots[index + 1] - knots[index])
+        points = points * len(knots) + index[:, None] + up[:, axis]
+        shares = shares * np.where(up[:, axis] == 1, fraction[:, None], 1.0 - fraction[:, None])
+    return points, shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +292,8 @@ def _fit_correction(
     logs = [tuple(math.log2(knot) for knot in axis) for axis in axes]
     values = np.zeros(math.prod(lengths))
     grid = Correction(log2_m=logs[0], log2_n=logs[1], log2_k=logs[2], values=tuple(values.tolist()))
-    points, weights = _weights(rows, grid)
-    spread = csr_matrix((weights.ravel(), points.ravel(), np.arange(0, points.size + 1, 8)), (len(rows), len(values)))
+    points, shares = _spread(rows, grid)
+    spread = csr_matrix((shares.ravel(), points.ravel(), np.arange(0, points.size + 1, 8)), (len(rows), len(values)))
     steps = []
     for axis, length in enumerate(lengths):
         parts = [eye(size_) for size_ in lengths]
@@ -339,7 +301,7 @@ def _fit_correction(
         steps.append(kron(kron(parts[0], parts[1]), parts[2]))
     difference = vstack(steps)
     penalty = roughness * (difference.T @ difference) + size * eye(len(values))
-    plain, quantize_s = _physical_seconds(rows, kernel, rates), _quantize_seconds(rows, kernel, rates)
+    plain, quantize_s = predict(rows, kernel, rates, quantize=False), _quantize_s(rows, kernel, rates)
     for _ in range(10):
         gemm_s = plain * np.exp(spread @ values)
         share = gemm_s / (gemm_s + quantize_s)

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from emulation.errors import InputError
-from hwmodels.calibration import KERNELS, PowerCalibration
-from hwmodels.gemm import gemm_rates
+from hwmodels.calibration import KERNELS, KernelCalibration, PowerCalibration
+from hwmodels.gemm import GemmRates, gemm_rates
 from hwmodels.profile import HardwareProfile
 
 
-def capped_power(demand_w: float, limit_w: float, power: PowerCalibration) -> float:
-    """Watts of a board whose work asks for ``demand_w``: ``min(demand, limit)`` with a rounded corner.
+def moved_bytes(m: int, n: int, k: int, kernel: KernelCalibration, rates: GemmRates) -> float:
+    """Bytes between chip and memory of a product [m, k] x [k, n], its activation's quantization included."""
+    passes = kernel.quantize
+    per_activation = rates.operand_bytes
+    if passes is not None:  # bfloat16 read and codes written, and read once more where the largest value comes first
+        per_activation += 2.0 + rates.operand_bytes + (2.0 if passes.amax_bandwidth_efficiency is not None else 0.0)
+    return per_activation * m * k + rates.operand_bytes * k * n + rates.output_bytes * m * n
 
-    The corner is rounded because clocks already fall before the averaged power reaches the limit.
-    """
-    limit = power.saturation * limit_w
-    return demand_w / (1.0 + (demand_w / limit) ** power.sharpness) ** (1.0 / power.sharpness)
 
-
-def demanded_power(flops: float, moved_bytes: float, seconds: float, kernel: str, power: PowerCalibration) -> float:
-    """Watts that work asks for: ``idle + energy of its operations and bytes / seconds``, before the limit.
+def capped_power(
+    flops: float, moved: float, seconds: float, kernel: str, limit_w: float, power: PowerCalibration
+) -> float:
+    """Watts of a board during work: ``min(limit, idle + energy of its operations and bytes / seconds)``.
 
     Args:
         flops: operations (1 MAC = 2 FLOPs).
-        moved_bytes: between the chip and its memory.
+        moved: bytes between the chip and its memory.
         seconds: that the work takes.
-        kernel: a key of ``KERNELS``; one that was not measured takes the energy of bfloat16 operations in proportion
-            to its bits' share, as published rates do.
-        power: the chip's calibration.
+        kernel: a key of ``KERNELS``.
+        limit_w: of the board.
+        power: fitted constants.
+
+    Raises:
+        InputError: no energy was fitted for the kernel.
     """
-    per_flop = power.joules_per_flop.get(kernel)
-    if per_flop is None:
-        raise InputError(f"no power was measured for kernel={kernel!r}", hint=", ".join(power.joules_per_flop))
-    return power.idle_w + (per_flop * flops + power.joules_per_byte * moved_bytes) / seconds
+    if kernel not in power.joules_per_flop:
+        raise InputError(f"kernel={kernel!r} has no fitted energy", hint="fitted: " + ", ".join(power.joules_per_flop))
+    dynamic_j = power.joules_per_flop[kernel] * flops + power.joules_per_byte * moved
+    return min(power.saturation * limit_w, power.idle_w + dynamic_j / seconds)
 
 
 def board_power(m: int, n: int, k: int, seconds: float, kernel: str, profile: HardwareProfile) -> float:
-    """Board watts during a product [m, k] x [k, n] that takes ``seconds``.
+    """Board watts during products [m, k] x [k, n] that take ``seconds`` each, back to back.
 
     Raises:
         InputError: the profile has no fitted power, or none for this kernel.
@@ -44,6 +49,5 @@ def board_power(m: int, n: int, k: int, seconds: float, kernel: str, profile: Ha
     if calibration is None or calibration.power is None or profile.power is None:
         raise InputError(f"{profile.name} has no fitted power")
     rates = gemm_rates(profile.rate(KERNELS[kernel]), profile)
-    moved = rates.operand_bytes * k * (m + n) + rates.output_bytes * m * n
-    demand = demanded_power(2.0 * m * n * k, moved, seconds, kernel, calibration.power)
-    return capped_power(demand, profile.power.limit_w, calibration.power)
+    moved = moved_bytes(m, n, k, calibration.kernels[kernel], rates)
+    return capped_power(2.0 * m * n * k, moved, seconds, kernel, profile.power.limit_w, calibration.power)

@@ -45,24 +45,16 @@ class PriceList:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Power:
-    """Board power of a kernel: idle, joules per FLOP and per byte, and the limit with its corner."""
+    """Board power of a kernel: idle, joules per FLOP and per byte, and the limit."""
 
     idle_w: float
     limit_w: float
     per_flop: float
     per_byte: float
-    sharpness: float | None
 
     def joules(self, seconds: Array, dynamic: Array) -> Array:
         """Energy of work that takes ``seconds`` and asks for ``dynamic`` joules beside idle power."""
-        wanted = self.idle_w * seconds + dynamic
-        limit = self.limit_w * seconds
-        if self.sharpness is None:
-            return np.minimum(wanted, limit)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.where(limit > 0, wanted / limit, 0.0)
-        corner: Array = wanted / (1.0 + ratio**self.sharpness) ** (1.0 / self.sharpness)
-        return corner
+        return np.minimum(self.idle_w * seconds + dynamic, self.limit_w * seconds)
 
 
 Parts = tuple[Array, ...]
@@ -204,7 +196,6 @@ class Pricer:
                 limit_w=limit,
                 per_flop=dynamic / rate.peak_flops_per_s,
                 per_byte=MEMORY_SHARE_OF_POWER * dynamic / profile.memory.bandwidth_bytes_per_s,
-                sharpness=None,
             )
         kernel = kernel_of(rate, profile.calibration)
         per_flop = fitted.joules_per_flop.get(kernel)
@@ -216,7 +207,6 @@ class Pricer:
             limit_w=fitted.saturation * limit,
             per_flop=per_flop,
             per_byte=fitted.joules_per_byte,
-            sharpness=fitted.sharpness,
         )
 
 
