@@ -127,6 +127,13 @@ class StepModel:
         device = found.seconds.sum(0)
         return float(device.sum() + self.waits(device, found.kernels).sum())
 
+    def joules(self, plan: Mapping[str, str]) -> float | None:
+        """Joules of the step under a plan with canonical format names; None where the chip's power is not known."""
+        found, power = self.mixed(plan), self.profile.power
+        if found.joules is None or power is None:
+            return None
+        return float(found.joules.sum()) + power.idle_w * float(self.waits(found.seconds.sum(0), found.kernels).sum())
+
     def estimate(self, plan: Mapping[str, str]) -> Estimate:
         """The whole account of a plan."""
         formats = self.plan_formats(plan)
@@ -138,14 +145,7 @@ class StepModel:
         base_waits = float(self.waits(base.seconds.sum(0), base.kernels).sum())
         baseline_s = float(base.seconds.sum()) + base_waits
         step_s = float(found.seconds.sum()) + float(waits.sum())
-        power = self.profile.power
         memory = peak_memory_bytes(self.workload, formats, self.options)
-        energy = (
-            None if found.joules is None or power is None else float(found.joules.sum() + power.idle_w * waits.sum())
-        )
-        base_energy = (
-            None if base.joules is None or power is None else float(base.joules.sum()) + power.idle_w * base_waits
-        )
         return Estimate(
             hardware=self.profile.name,
             basis=self.basis,
@@ -153,8 +153,8 @@ class StepModel:
             step_s=step_s,
             baseline_s=baseline_s,
             speedup=baseline_s / step_s,
-            energy_joules=energy,
-            baseline_energy_joules=base_energy,
+            energy_joules=self.joules(formats),
+            baseline_energy_joules=self.joules({}),
             peak_memory_bytes=memory,
             bound=BOUNDS[int(np.argmax(bounds))],
             native=all(self.profile.rate(fmt).native for fmt in set(formats.values())),

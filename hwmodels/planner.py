@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-
-from emulation.errors import InputError
+from emulation.errors import InputError, suggestion
 from emulation.formats import Format, get_format
 from hwmodels.cost import StepModel
 from hwmodels.dpsgd import PHASE
 from hwmodels.gemm_arrays import Array
 from hwmodels.profile import HardwareProfile
 from hwmodels.workload import Workload, check_batch_size
+
+Objective = Literal["time", "energy"]
+OBJECTIVES: tuple[Objective, ...] = ("time", "energy")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +44,9 @@ class Reach:
     """The most that quantizing can gain.
 
     Attributes:
-        max_speedup: of the step, analyses included; below 1 where the analyses cost more than quantizing gains.
-        plan: the layers that gain time, in forward order.
+        max_speedup: of the step, analyses included (of its energy, where that is the objective); below 1 where the
+            analyses cost more than quantizing gains.
+        plan: the layers that gain, in forward order.
     """
 
     max_speedup: float
@@ -54,43 +57,73 @@ def _format_name(profile: HardwareProfile, fmt: str | Format) -> str:
     return profile.rate(get_format(fmt)).format
 
 
-def gains(model: StepModel, format_name: str) -> dict[str, float]:
-    """Device seconds that each quantizable layer saves by itself in a format; negative where it is slower."""
-    base, quantized = model.prices(None).seconds.sum(0), model.prices(format_name).seconds.sum(0)
-    return {name: float(base[model.index[name]] - quantized[model.index[name]]) for name in model.workload.quantizable}
+def gains(model: StepModel, format_name: str, objective: Objective = "time") -> dict[str, float]:
+    """What each quantizable layer saves by itself in a format: device seconds, or joules; negative where it loses."""
+    base, quantized = model.prices(None), model.prices(format_name)
+    if objective == "time":
+        saved = base.seconds.sum(0) - quantized.seconds.sum(0)
+    else:
+        if base.joules is None or quantized.joules is None:
+            raise InputError(f"the power of {model.profile.name} is not known", hint="objective='time' needs none")
+        saved = base.joules - quantized.joules
+    return {name: float(saved[model.index[name]]) for name in model.workload.quantizable}
+
+
+def expense(model: StepModel, plan: Mapping[str, str], objective: Objective = "time") -> float:
+    """Seconds, or joules, of a step under a plan with canonical format names."""
+    if objective == "time":
+        return model.step_s(plan)
+    if objective not in OBJECTIVES:
+        raise InputError(f"unknown objective={objective!r}", hint=suggestion(str(objective), OBJECTIVES))
+    joules = model.joules(plan)
+    if joules is None:
+        raise InputError(f"the power of {model.profile.name} is not known", hint="objective='time' needs none")
+    return joules
 
 
 def reach(
     workload: Workload,
     profile: HardwareProfile,
-    format: str | Format,
+    format: str | Format | Sequence[str | Format],
     *,
     analysis_s_per_step: float = 0.0,
+    objective: Objective = "time",
     **options: Any,
 ) -> Reach:
-    """The most speedup that a format can reach on a chip: every layer that gains from it is quantized.
+    """The most that a format, or a ladder of several, can reach on a chip: every layer that gains is quantized.
 
     Args:
         workload: the step.
         profile: the chip.
-        format: of the quantized layers.
-        analysis_s_per_step: seconds of sensitivity analyses, spread over the steps; the baseline has none.
+        format: of the quantized layers; of several, each layer takes the one that it gains most from.
+        analysis_s_per_step: seconds (joules, where energy is the objective) of sensitivity analyses, spread over the
+            steps; the baseline has none.
+        objective: ``time`` or ``energy``.
         options: as ``hwmodels.cost.estimate`` takes them.
     """
     model = StepModel(workload, profile, **options)
-    plan = fastest(model, [_format_name(profile, format)])
-    seconds = model.step_s(plan) + analysis_s_per_step
-    return Reach(max_speedup=model.step_s({}) / seconds, plan=PrecisionPlan(formats=plan))
+    plan = fastest(model, format_names(profile, format), objective)
+    spent = expense(model, plan, objective) + analysis_s_per_step
+    return Reach(max_speedup=expense(model, {}, objective) / spent, plan=PrecisionPlan(formats=plan))
 
 
-def fastest(model: StepModel, formats: Sequence[str]) -> dict[str, str]:
-    """The plan that takes the least time, each layer in the format that saves it most.
+def format_names(profile: HardwareProfile, formats: str | Format | Sequence[str | Format]) -> list[str]:
+    """Canonical names of one or several formats that the chip has a rate for."""
+    several = [formats] if isinstance(formats, str) or not isinstance(formats, Sequence) else list(formats)
+    if not several:
+        raise InputError("no format is given", hint="such as 'nvfp4'")
+    return [_format_name(profile, fmt) for fmt in several]
+
+
+def fastest(model: StepModel, formats: Sequence[str], objective: Objective = "time") -> dict[str, str]:
+    """The plan that takes the least, each layer in the format that saves it most.
 
     Where an eager host's launches bound the step, quantizing adds kernels that cost more than they save: layers are
-    taken by seconds saved per kernel added while that pays.
+    taken by what they save per kernel added while that pays.
     """
-    best = {name: max(formats, key=lambda fmt: gains(model, fmt)[name]) for name in model.workload.quantizable}
-    saved = {name: gains(model, fmt)[name] for name, fmt in best.items()}
+    table = {fmt: gains(model, fmt, objective) for fmt in formats}
+    best = {name: max(formats, key=lambda fmt: table[fmt][name]) for name in model.workload.quantizable}
+    saved = {name: table[fmt][name] for name, fmt in best.items()}
     plan = {name: fmt for name, fmt in best.items() if saved[name] > 0}
     if not model.options.eager:
         return plan
@@ -98,7 +131,7 @@ def fastest(model: StepModel, formats: Sequence[str]) -> dict[str, str]:
     added = {name: float((model.prices(fmt).kernels - base)[model.index[name]]) for name, fmt in plan.items()}
     ranked = sorted(plan, key=lambda name: saved[name] / max(added[name], 1e-9), reverse=True)
     prefixes = [{name: plan[name] for name in plan if name in set(ranked[:size])} for size in range(len(ranked) + 1)]
-    return min(prefixes, key=model.step_s)
+    return min(prefixes, key=lambda prefix: expense(model, prefix, objective))
 
 
 def fill(
@@ -109,9 +142,10 @@ def fill(
     target_speedup: float,
     *,
     analysis_s_per_step: float = 0.0,
+    objective: Objective = "time",
     **options: Any,
 ) -> PrecisionPlan:
-    """Quantize layers in the given order until the modelled step meets the target speedup, or none is left.
+    """Quantize layers in the given order until the modelled step meets the target, or none is left.
 
     Layers that the format slows down are passed over.
 
@@ -120,18 +154,19 @@ def fill(
         profile: the chip.
         order: layer names, first to last.
         format: of the quantized layers.
-        target_speedup: over the step in full precision without analyses.
-        analysis_s_per_step: seconds of sensitivity analyses, spread over the steps.
+        target_speedup: over the step in full precision without analyses (of energy, where that is the objective).
+        analysis_s_per_step: seconds (joules) of sensitivity analyses, spread over the steps.
+        objective: ``time`` or ``energy``.
         options: as ``hwmodels.cost.estimate`` takes them.
     """
     check_target(target_speedup)
     model = StepModel(workload, profile, **options)
     name = _format_name(profile, format)
-    gain = gains(model, name)
-    budget = model.step_s({}) / target_speedup - analysis_s_per_step
+    gain = gains(model, name, objective)
+    budget = expense(model, {}, objective) / target_speedup - analysis_s_per_step
     plan: dict[str, str] = {}
     for layer in order:
-        if model.step_s(plan) <= budget:
+        if expense(model, plan, objective) <= budget:
             break
         model.plan_formats({layer: name})
         if gain[layer] > 0:
@@ -147,6 +182,31 @@ def fraction(order: Sequence[str], format: str | Format, fraction: float) -> Pre
     return PrecisionPlan(formats=dict.fromkeys(order[: round(fraction * len(order))], name))
 
 
+def remaining_target(
+    target_speedup: float, baseline_s_per_step: float, steps: int, steps_done: int, seconds_done: float
+) -> float:
+    """The speedup that the steps left must reach so that the whole run meets its target.
+
+    Layers are of finite size, so an epoch overshoots or undershoots; the epochs after it make up for that.
+
+    Args:
+        target_speedup: of the whole run.
+        baseline_s_per_step: seconds of a step in full precision.
+        steps: of the whole run.
+        steps_done: of them.
+        seconds_done: modelled seconds of those, analyses included.
+
+    Returns:
+        The target of the rest; ``math.inf`` where no time is left for it.
+    """
+    check_target(target_speedup)
+    left = steps - steps_done
+    if not 0 <= steps_done < steps:
+        raise InputError(f"steps_done={steps_done} must be from 0 to {steps - 1}")
+    seconds_left = steps * baseline_s_per_step / target_speedup - seconds_done
+    return left * baseline_s_per_step / seconds_left if seconds_left > 0 else math.inf
+
+
 def analysis_seconds(
     workload: Workload,
     profile: HardwareProfile,
@@ -156,8 +216,8 @@ def analysis_seconds(
 ) -> float:
     """Modelled seconds of one sensitivity analysis: ``policies`` + 1 forward passes, nothing else.
 
-    Emulated policies take no longer than the baseline on the hardware that has the format, so each pass is priced in
-    the baseline.
+    On hardware that has the format a quantized forward pass takes no longer than one in full precision, so each pass
+    is priced in the baseline.
     """
     check_batch_size(expected_batch_size)
     if policies < 0:
@@ -170,11 +230,11 @@ def forward_seconds(model: StepModel) -> Array:
     """Seconds of each layer's forward pass in the baseline; its traffic and launches are taken for a third of all."""
     seconds = model.prices(None).seconds
     rest = seconds[PHASE["other"]] + seconds[PHASE["launch"]]
-    forward: Array = np.asarray(seconds[PHASE["forward"]] + rest / 3)
+    forward: Array = seconds[PHASE["forward"]] + rest / 3
     return forward
 
 
 def check_target(target_speedup: float) -> None:
     """Raise InputError unless the target is a finite number above zero."""
-    if not (isinstance(target_speedup, (int, float)) and 0 < target_speedup < float("inf")):
+    if not (isinstance(target_speedup, (int, float)) and 0 < target_speedup < math.inf):
         raise InputError(f"target_speedup={target_speedup} must be a number above 0", hint="such as 1.5")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_chip import rate, toy_chip
 from torch import nn
+from toy_chip import rate, toy_chip
 
 from dpquant.models import build_model, example_input
 from emulation.errors import InputError

@@ -1,0 +1,115 @@
+"""The knapsack against every choice there is."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_chip import toy_chip
+
+from dpquant.models import build_model, example_input
+from emulation.errors import InputError
+from hwmodels import ladder, planner
+from hwmodels.cost import StepModel, estimate
+from hwmodels.workload import Workload, trace
+
+TOY = toy_chip()
+
+
+@functools.cache
+def traced(name: str, batch: int = 256) -> Workload:
+    with torch.device("meta"):
+        model = build_model(name)
+    return trace(model, example_input(name), batch)
+
+
+def harm_of(choices: dict[str, list[ladder.Choice]], chosen: dict[str, str]) -> tuple[float, float]:
+    found = [next(c for c in choices[layer] if c.format == fmt) for layer, fmt in chosen.items()]
+    return sum(c.saved for c in found), sum(c.harm for c in found)
+
+
+CHOICE = st.builds(
+    lambda fmt, saved, harm: ladder.Choice(format=fmt, saved=saved, harm=harm),
+    st.sampled_from(["fp8", "nvfp4"]),
+    st.integers(1, 100).map(float),
+    st.floats(0, 10),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(CHOICE, min_size=1, max_size=2, unique_by=lambda c: c.format), min_size=1, max_size=7),
+    st.floats(0.01, 1.2),
+)
+def test_no_choice_does_less_harm(options: list[list[ladder.Choice]], share: float) -> None:
+    choices = {f"layer{i}": found for i, found in enumerate(options)}
+    needed = share * sum(max(c.saved for c in found) for found in options)
+    everything = itertools.product(*([None, *found] for found in options))
+    sums = [(sum(c.saved for c in some if c), sum(c.harm for c in some if c)) for some in everything]
+    enough = [harm for saved, harm in sums if saved >= needed * (1 - 1e-12)]
+    chosen = ladder.knapsack(choices, needed)
+    if not enough:
+        assert chosen is None
+        return
+    assert chosen is not None
+    saved, harm = harm_of(choices, chosen)
+    assert saved >= needed * (1 - 1e-9)
+    # rounding: as good as the best that saves a thousandth more, if there is one
+    close = [harm for saved, harm in sums if saved >= needed * (1 + len(options) / ladder.BINS)]
+    assert harm <= min(close, default=math.inf) + 1e-9
+    assert harm >= min(enough) - 1e-9
+
+
+def test_the_plan_meets_its_target_with_the_least_sensitive_layers() -> None:
+    workload = traced("resnet18")
+    sensitivities = {
+        "fp8": {name: 1.0 + i for i, name in enumerate(workload.quantizable)},
+        "nvfp4": {name: 1.5 * (1.0 + i) for i, name in enumerate(workload.quantizable)},
+    }
+    most = planner.reach(workload, TOY, ["fp8", "nvfp4"], basis="peak").max_speedup
+    target = 1 + 0.6 * (most - 1)
+    plan = ladder.cheapest(workload, TOY, sensitivities, target, basis="peak")
+    assert estimate(workload, plan, TOY, basis="peak").speedup >= target * (1 - 1e-9)
+    gain = planner.gains(StepModel(workload, TOY, basis="peak"), "nvfp4")
+    in_order = planner.fill(workload, TOY, sorted(gain, key=lambda n: -gain[n]), "nvfp4", target, basis="peak")
+
+    def harm(formats: dict[str, str]) -> float:
+        return sum(sensitivities["fp8" if f == "float8_e4m3fn" else f][name] for name, f in formats.items())
+
+    assert harm(dict(plan)) <= harm(dict(in_order))
+    everything = ladder.cheapest(workload, TOY, sensitivities, most * (1 - 1e-9), basis="peak")
+    assert estimate(workload, everything, TOY, basis="peak").speedup == pytest.approx(most, rel=1e-6)
+
+
+def test_layers_outside_the_sensitivities_stay_out() -> None:
+    workload = traced("resnet18")
+    allowed = workload.quantizable[5:12]
+    plan = ladder.cheapest(workload, TOY, {"nvfp4": dict.fromkeys(allowed, 1.0)}, 1.02, basis="peak")
+    assert set(plan) <= set(allowed)
+    assert len(ladder.cheapest(workload, TOY, {"nvfp4": dict.fromkeys(allowed, 1.0)}, 1.0, basis="peak")) == 0
+
+
+def test_energy_can_be_the_target() -> None:
+    workload = traced("resnet18")
+    harm = {"nvfp4": dict.fromkeys(workload.quantizable, 1.0)}
+    plan = ladder.cheapest(workload, TOY, harm, 1.1, objective="energy", basis="peak")
+    found = estimate(workload, plan, TOY, basis="peak")
+    assert found.baseline_energy_joules / found.energy_joules >= 1.1 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("harm", "target", "message"),
+    [
+        ({"nvfp4": {"conv1": 1.0}}, 3.0, r"target_speedup=3.0 is out of reach on toy: at most 1\.\d\dx"),
+        ({"nvfp4": {"conv1": math.nan}}, 1.1, "sensitivity=nan of layer 'conv1'"),
+        ({"nvfp4": {"conv0": 1.0}}, 1.1, "layer 'conv0'"),
+        ({"int8": {"conv1": 1.0}}, 1.1, "format='int8'"),
+        ({}, -1.0, "target_speedup=-1.0"),
+    ],
+)
+def test_bad_input(harm: dict[str, dict[str, float]], target: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ladder.cheapest(traced("resnet18"), TOY, harm, target, basis="peak")
