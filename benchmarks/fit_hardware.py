@@ -22,12 +22,21 @@ from pathlib import Path
 
 import numpy as np
 
-from hwmodels.calibration import KERNELS, GemmCalibration, KernelCalibration, QuantizeCalibration, calibration_yaml
+from hwmodels.calibration import (
+    KERNELS,
+    GemmCalibration,
+    KernelCalibration,
+    PowerCalibration,
+    QuantizeCalibration,
+    calibration_yaml,
+)
 from hwmodels.fit import GemmRows, errors, fit_kernel, fit_quantize, gemm_rows, predict
+from hwmodels.fit_power import PowerRows, fit_power
 from hwmodels.gemm import GemmRates, gemm_rates
+from hwmodels.power import board_power, moved_bytes
 from hwmodels.profile import HardwareProfile, load_profile
 from hwmodels.profile_yaml import shipped_dir
-from hwmodels.validate import Measurement, read_measurements
+from hwmodels.validate import Measurement, predicted_seconds, read_measurements
 
 DEVICES = {
     "a100": "a100_sxm",
@@ -94,6 +103,83 @@ def fit_device(name: str, data: Path) -> dict[str, KernelCalibration]:
         )
         show(name, kernel, kernels[kernel], rows, rates_of(profile, kernel))
     return kernels
+
+
+# Where power was measured, and whose constants a sibling takes. The vLLM fp8_block rows were bound by launches and
+# those of TensorRT-LLM are few, so that kernel has no energy of its own.
+POWER = {"h200": {"bfloat16"}, "b200": {"bfloat16", "fp8", "nvfp4"}}
+POWER_OF = {"h100": "h200", "h200": "h200", "b200": "b200", "gb300": "b200"}
+LONG_S = 100e-6  # shorter products were run for 0.3 s only, too short for the board's averaged power to settle
+
+
+def power_rows(data: Path, name: str, kernels: dict[str, KernelCalibration]) -> list[PowerRows]:
+    profile = load_profile(name)
+    found = []
+    for kernel in sorted(POWER[name]):
+        rows = [row for row in read_measurements(data / "gemm_power.csv.gz") if row.device == DEVICES[name]]
+        rows = [row for row in rows if row.gemm_dtype == kernel and row.seconds > LONG_S]
+        rates = rates_of(profile, kernel)
+        found.append(
+            PowerRows(
+                kernel=kernel,
+                flops=np.array([2.0 * row.m * row.n * row.k for row in rows]),
+                moved=np.array([moved_bytes(row.m, row.n, row.k, kernels[kernel], rates) for row in rows]),
+                seconds=np.array([row.seconds for row in rows]),
+                watts=np.array([row.power_w for row in rows]),
+            )
+        )
+    return found
+
+
+def fit_device_power(data: Path, name: str, kernels: dict[str, KernelCalibration]) -> PowerCalibration | None:
+    measured = POWER_OF.get(name)
+    if measured is None:
+        return None
+    board = load_profile(measured).power
+    if measured != name:
+        kernels = dict((load_profile(measured).calibration or GemmCalibration(kernels=kernels)).kernels)
+    source = (
+        "NVIDIA AIConfigurator board power (Apache-2.0), vLLM 0.22 and TensorRT-LLM 1.3.0rc15, products over 100 us"
+    )
+    if measured != name:
+        source += f", of {load_profile(measured).title}"
+    found = fit_power(power_rows(data, measured, kernels), limit_w=board.limit_w, floor_w=board.idle_w, source=source)
+    held = found.fitted
+    print(
+        f"{name:13} power: {held.rows} rows of {measured}, held out: {held.held_out_mape_percent:.2f} % "
+        f"(median {held.held_out_median_percent:.2f} %) | idle {found.idle_w:.0f} W, "
+        f"{found.joules_per_byte * 1e12:.0f} pJ/B, "
+        + ", ".join(f"{kernel} {value * 1e12:.3f} pJ/FLOP" for kernel, value in found.joules_per_flop.items()),
+        flush=True,
+    )
+    return found
+
+
+def show_energy(data: Path) -> None:
+    """Power at the measured time, and energy at the predicted time, by table of origin, of what the profiles hold."""
+    with gzip.open(data / "gemm_power.csv.gz", "rt", newline="") as stream:
+        stacks = [row["stack"] for row in csv.DictReader(stream)]
+    rows = list(zip(stacks, read_measurements(data / "gemm_power.csv.gz"), strict=True))
+    for name, kernels in POWER.items():
+        profile = load_profile(name)
+        for kernel in sorted(kernels):
+            for stack in sorted(set(stacks)):
+                chosen = [row for origin, row in rows if origin == stack and row.device == DEVICES[name]]
+                chosen = [row for row in chosen if row.gemm_dtype == kernel and row.seconds > LONG_S]
+                if not chosen:
+                    continue
+                power, energy, time = [], [], []
+                for row in chosen:
+                    seconds = predicted_seconds(profile, row)
+                    power.append(board_power(row.m, row.n, row.k, row.seconds, kernel, profile) / row.power_w - 1)
+                    joules = board_power(row.m, row.n, row.k, seconds, kernel, profile) * seconds
+                    energy.append(joules / (row.power_w * row.seconds) - 1)
+                    time.append(seconds / row.seconds - 1)
+                shown = (
+                    f"{label} {100 * np.abs(off).mean():5.2f} %"
+                    for label, off in (("power", power), ("energy", energy), ("time", time))
+                )
+                print(f"{name:6} {kernel:9} {stack:17} {len(chosen):4} rows over 100 us: {', '.join(shown)}")
 
 
 def show(name: str, kernel: str, fitted: KernelCalibration, rows: GemmRows, rates: GemmRates) -> None:
@@ -164,24 +250,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", nargs="*", choices=sorted(DEVICES), default=list(DEVICES))
     parser.add_argument("--write", action="store_true", help="replace the calibration blocks of the profiles")
     parser.add_argument("--held-out", action="store_true", help="errors on (n, k) pairs, sizes and devices kept apart")
+    parser.add_argument("--power", action="store_true", help="fit the power constants alone")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
     if options.held_out:
         siblings(options.data)
         held_out(options.data)
         return 0
+    if options.power:
+        for name in options.device:
+            calibration = load_profile(name).calibration
+            power = fit_device_power(options.data, name, dict(calibration.kernels)) if calibration else None
+            if options.write and calibration:
+                write_block(name, replace(calibration, power=power))
+        show_energy(options.data)
+        return 0
     with ProcessPoolExecutor(options.workers) as pool:
         running = {pool.submit(fit_device, name, options.data): name for name in options.device}
         for done in as_completed(running):
             kernels, name = done.result(), running[done]
+            power = fit_device_power(options.data, name, kernels)
             if options.write:
-                write_block(name, GemmCalibration(kernels=kernels, power=_kept_power(name)))
+                write_block(name, GemmCalibration(kernels=kernels, power=power))
     return 0
-
-
-def _kept_power(name: str):
-    calibration = load_profile(name).calibration
-    return None if calibration is None else calibration.power
 
 
 if __name__ == "__main__":

@@ -213,8 +213,8 @@ def test_shipped_calibrations_are_sane_far_beyond_what_was_measured(name: str) -
         for n, k in ((1, 1), (17, 3), (32, 65536), (1000, 1000), (4096, 4096), (1 << 20, 64), (1 << 17, 1 << 17)):
             times = [kernel_seconds(1 << power, n, k, kernel, rates) for power in range(0, 25, 2)]
             for less, more in zip(times, times[1:], strict=False):
-                # four times the rows: never much less time, and never much more than four times
-                assert 0.6 * less <= more <= 8 * less, (format_name, n, k, times)
+                # four times the rows: never much less time; more than four times where they outgrow the cache
+                assert 0.6 * less <= more <= 12 * less, (format_name, n, k, times)
             flops = 2.0 * (1 << 24) * n * k
             assert times[-1] >= 0.99 * flops / rates.peak_flops_per_s, (format_name, n, k)
         assert 5e-7 < kernel_seconds(1, 32, 32, kernel, rates) < 3e-5
