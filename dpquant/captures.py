@@ -113,6 +113,9 @@ def attach(module: nn.Module) -> Tape:
     Quantized layers record their operands in their own backward; other layers get a forward hook and a hook on their
     output's gradient.
     """
+    earlier = getattr(module, "private_tape", None)
+    if earlier is not None:
+        earlier.close()
     tape = Tape(module)
     tape._handles.append(module.register_forward_pre_hook(tape._begin, with_kwargs=True))
     for layer in module.modules():
@@ -209,12 +212,9 @@ def _refusal(layer: nn.Module) -> tuple[str, str] | None:
 # ------------------------------------------------------------------------------------------------------- Opacus's hooks
 
 
-def register_samplers() -> None:
-    """Teaches Opacus's hooks the quantized layers, which it looks up by exact type; ghost clipping refuses them."""
-    register_grad_sampler(_QUANTIZED)(_grad_samples)
-    register_norm_sampler(_QUANTIZED)(_no_ghost)
-
-
+# Opacus looks samplers up by exact type: a subclass without one would silently go to functorch, with a stale copy of
+# the layer.
+@register_grad_sampler(_QUANTIZED)
 def _grad_samples(layer: QuantizedLayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     draw = layer.replay.pop() if layer.replay else layer.rounding.draw()
     samples: dict[nn.Parameter, Tensor] = {}
@@ -226,6 +226,7 @@ def _grad_samples(layer: QuantizedLayer, activations: list[Tensor], backprops: T
     return samples
 
 
+@register_norm_sampler(_QUANTIZED)
 def _no_ghost(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     raise InputError(
         f"ghost clipping cannot be used with {type(layer).__name__}: its second backward quantizes c * g, which is not "

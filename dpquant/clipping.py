@@ -17,7 +17,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from dpquant.captures import Tape, attach, check_private, register_samplers
+from dpquant.captures import Tape, attach, check_private
 from dpquant.gradients import Contribution, DenseGradient
 from emulation.errors import InputError, suggestion
 from emulation.layers import quantizable_layers
@@ -62,7 +62,6 @@ def private_module(module: nn.Module, clipping: str = "bookkeeping") -> nn.Modul
     for layer in quantizable_layers(module).values():
         layer.private = True
     if clipping == "hooks":
-        register_samplers()
         for layer in quantizable_layers(module).values():
             layer.replay = []
         wrapped: nn.Module = GradSampleModule(module, batch_first=True, loss_reduction="sum")
@@ -158,6 +157,12 @@ class PrivateOptimizer(DPOptimizer):
     def accumulated_iterations(self) -> int:
         """One: several backwards before a step are refused."""
         return 1
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Forgets gradients, and a backward that no step has used."""
+        if self.tape is not None:
+            self.tape.clear()
+        super().zero_grad(set_to_none)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clips and adds what the last backward left; noise too, unless the logical batch goes on."""

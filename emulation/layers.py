@@ -144,7 +144,7 @@ class _ThreeGemms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_output,) = grads
-        x, operand, weight = ctx.saved_tensors
+        x, operand, weight = (t.detach() for t in ctx.saved_tensors)
         layer, precision, conv = ctx.layer, ctx.precision, ctx.conv
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         keys = _Keys(layer, ctx.draw)
@@ -156,9 +156,9 @@ class _ThreeGemms(torch.autograd.Function):
                 operand = precision.grad_input_weight(weight, conv, keys)
         gradient = None
         if needs_weight and own_axes:
-            gradient = precision.weight_gradient(x, grad_output, weight.detach(), conv, keys)
+            gradient = precision.weight_gradient(x, grad_output, weight, conv, keys)
         elif needs_weight:
-            gradient = WeightGradient(weight=weight.detach(), x=x, grad_output=gq, conv=conv)
+            gradient = WeightGradient(weight=weight, x=x, grad_output=gq, conv=conv)
         grad_x = gemms.grad_input(gq, operand, x, conv) if needs_input else None
         bias = gemms.position_sums(grad_output, conv) if needs_bias else None
         if ctx.tape is not None:

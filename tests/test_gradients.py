@@ -1,0 +1,87 @@
+"""Per-example gradient forms against materialised gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpquant.gradients import Contribution, DenseGradient, EmbeddingGradient, GemmGradient, combined
+from emulation.gemms import WeightGradient
+
+
+def dense() -> Contribution:
+    return DenseGradient(parameter=nn.Parameter(torch.zeros(4, 3)), values=torch.randn(5, 4, 3))
+
+
+def gemm() -> Contribution:
+    weight = nn.Parameter(torch.zeros(4, 3))
+    operands = WeightGradient(weight=weight.data, x=torch.randn(5, 3), grad_output=torch.randn(5, 4), conv=None)
+    return GemmGradient(parameter=weight, operands=operands)
+
+
+def embedding() -> Contribution:
+    tokens = torch.tensor([[0, 1, 1], [2, 2, 2], [5, 0, 3], [4, 1, 4], [0, 0, 5]])
+    return EmbeddingGradient(parameter=nn.Parameter(torch.zeros(6, 3)), tokens=tokens, grad_output=torch.randn(5, 3, 3))
+
+
+@pytest.mark.parametrize("make", [dense, gemm, embedding])
+def test_forms_agree_with_the_materialised_gradients(make: type[Contribution]) -> None:
+    torch.manual_seed(0)
+    contribution = make()
+    values = contribution.per_example()
+    factors = torch.rand(5)
+    assert contribution.batch_size == 5
+    assert values.shape == (5, *contribution.parameter.shape)
+    torch.testing.assert_close(contribution.squared_norms(), values.flatten(1).square().sum(1))
+    torch.testing.assert_close(contribution.weighted_sum(factors), torch.einsum("n,n...->...", factors, values))
+    kept = values.clone()
+    kept[2] = 0
+    torch.testing.assert_close(contribution.without(torch.arange(5) == 2).per_example(), kept)
+
+
+def test_embedding_gradients_are_those_of_autograd() -> None:
+    torch.manual_seed(0)
+    found = embedding()
+    assert isinstance(found, EmbeddingGradient)
+    for i in range(5):
+        (alone,) = torch.autograd.grad(
+            F.embedding(found.tokens[i], found.parameter), found.parameter, found.grad_output[i]
+        )
+        torch.testing.assert_close(found.per_example()[i], alone)
+
+
+def convolution(channels: int, side: int) -> GemmGradient:
+    weight = nn.Parameter(torch.zeros(channels, channels, 3, 3))
+    x, g = torch.randn(2, channels, side, side), torch.randn(2, channels, side, side)
+    from emulation import gemms
+
+    conv = gemms.geometry(nn.Conv2d(channels, channels, 3, padding=1))
+    return GemmGradient(parameter=weight, operands=WeightGradient(weight=weight.data, x=x, grad_output=g, conv=conv))
+
+
+def test_the_form_follows_the_cost() -> None:
+    assert convolution(4, 16).cheaper_dense
+    assert not convolution(128, 4).cheaper_dense
+    (kept,) = combined([convolution(128, 4)])
+    assert isinstance(kept, GemmGradient)
+    few = convolution(4, 16)
+    (formed,) = combined([few])
+    assert isinstance(formed, DenseGradient)
+    torch.testing.assert_close(formed.squared_norms(), few.squared_norms(), rtol=1e-4, atol=1e-4)
+
+
+def test_tied_parameters_are_added_before_the_norm() -> None:
+    torch.manual_seed(0)
+    table = embedding()
+    head = GemmGradient(
+        parameter=table.parameter,
+        operands=WeightGradient(
+            weight=table.parameter.data, x=torch.randn(5, 3), grad_output=torch.randn(5, 6), conv=None
+        ),
+    )
+    (both,) = combined([table, head])
+    expected: Tensor = table.per_example() + head.per_example()
+    torch.testing.assert_close(both.per_example(), expected)
+    assert not torch.allclose(both.squared_norms(), table.squared_norms() + head.squared_norms())
