@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from emulation.rounding import OVERFLOWS, ROUNDINGS, Overflow, Rounding, on_grid
 
 CHUNK = 1 << 17
 """Elements worked on at a time on the CPU: temporaries stay in cache; fresh memory costs more than arithmetic."""
+
+Backend = Literal["exact", "qtorch"]
+BACKENDS: tuple[Backend, ...] = ("exact", "qtorch")
 
 _FLOATS = {torch.float16: (10, -14, 15), torch.bfloat16: (7, -126, 127), torch.float32: (23, -126, 127)}
 
@@ -32,6 +35,7 @@ def round_to(
     random_bits: int | None = None,
     keys: Tensor | None = None,
     out: Tensor | None = None,
+    backend: Backend = "exact",
 ) -> Tensor:
     """Rounds every element to a value of the format.
 
@@ -49,6 +53,8 @@ def round_to(
         random_bits: how many random bits a stochastic rounding uses (hardware: 8); None: as many as matter.
         keys: instead of a generator: int64 [B], one per index of dim 0, the index then counting inside it; or 0-d.
         out: receives the result; the shape, dtype and device of ``x``.
+        backend: ``exact``, or ``qtorch``: qtorch's own kernels, which compile at first use and are not bit-exact; their
+            nearest rounding has ties away from zero, overflow saturates, random bits cannot be seeded.
 
     Returns:
         Same shape, dtype and strides as ``x``. Its gradient is passed straight through.
@@ -60,6 +66,10 @@ def round_to(
     number = scalar_format(fmt)
     check_rounding(rounding, overflow, random_bits)
     check_input(x, number, out)
+    if check_backend(backend) == "qtorch":
+        rounded = by_qtorch(x, number, rounding, generator, keys)
+        rounded = straight_through(x, rounded) if x.requires_grad else rounded
+        return rounded if out is None else out.copy_(rounded)
     key = rounding_keys(x, rounding, generator, keys)
     if torch.is_grad_enabled() and x.requires_grad:
         if out is not None:
@@ -180,6 +190,25 @@ def _values(fmt: NumberFormat) -> Tensor:
 
 
 # --- what the quantizer shares -----------------------------------------------------------------------------------
+
+
+def check_backend(backend: str) -> Backend:
+    """Refuses unknown backends."""
+    for known in BACKENDS:
+        if backend == known:
+            return known
+    raise InputError(f"unknown backend={backend!r}", hint=suggestion(str(backend), BACKENDS))
+
+
+def by_qtorch(
+    x: Tensor, fmt: NumberFormat, rounding: Rounding, generator: torch.Generator | None, keys: Tensor | None
+) -> Tensor:
+    """``x`` rounded by qtorch's kernels."""
+    if generator is not None or keys is not None:
+        raise InputError("backend='qtorch' with generator= or keys=", hint="qtorch's random bits cannot be seeded")
+    from emulation.qtorch_backend import qtorch_round
+
+    return qtorch_round(x, fmt, "nearest" if rounding in ("nearest_even", "nearest_away") else rounding)
 
 
 def check_rounding(rounding: str, overflow: str, random_bits: int | None) -> None:

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from emulation.blocks import ScaleLayout, expanded, piece
-from emulation.codec import check_input, check_rounding, codes_of, decode, pieces, rounding_keys, straight_through
+from emulation.codec import (
+    Backend,
+    by_qtorch,
+    check_backend,
+    check_input,
+    check_rounding,
+    codes_of,
+    decode,
+    pieces,
+    rounding_keys,
+    straight_through,
+)
 from emulation.errors import InputError, suggestion
 from emulation.formats import FORMATS, SCALE_RULES, BlockFormat, Format, NumberFormat, ScaleRule, get_format
 from emulation.rounding import Overflow, Rounding, on_grid
@@ -41,6 +52,7 @@ class Quantizer:
         channel_axis: of ``channel``; 0 is the output channels of a weight.
         random_bits: how many random bits a stochastic rounding uses (hardware: 8); None: as many as matter.
         saturation_mask: whether saturated elements get no gradient; otherwise all get it straight through.
+        backend: ``exact``, or ``qtorch``: qtorch's own kernels round the elements; see ``round_to``.
 
     Raises:
         InputError: an unknown name, or parts that do not fit together.
@@ -56,6 +68,7 @@ class Quantizer:
     channel_axis: int = 0
     random_bits: int | None = None
     saturation_mask: bool = False
+    backend: Backend = "exact"
 
     def __init__(
         self,
@@ -69,6 +82,7 @@ class Quantizer:
         channel_axis: int = 0,
         random_bits: int | None = None,
         saturation_mask: bool = False,
+        backend: Backend = "exact",
     ) -> None:
         fmt = get_format(format)
         block = isinstance(fmt, BlockFormat)
@@ -86,9 +100,11 @@ class Quantizer:
             ("channel_axis", channel_axis),
             ("random_bits", random_bits),
             ("saturation_mask", saturation_mask),
+            ("backend", backend),
         ):
             object.__setattr__(self, field, value)
         check_rounding(rounding, "saturate", random_bits)
+        check_backend(backend)
         if granularity not in GRANULARITIES:
             raise InputError(f"unknown granularity={granularity!r}", hint=suggestion(str(granularity), GRANULARITIES))
         if scale_rule not in SCALE_RULES:
@@ -145,7 +161,7 @@ class Quantizer:
         An element without a number (its scale is NaN) has code 0 where its format has no NaN.
         """
         check_input(x, _float32(), None)
-        key = rounding_keys(x, self.rounding, generator, keys)
+        key = self._keys(x, generator, keys)
         layout = self._layout(x, axis, key)
         wide = x.detach().float().contiguous()
         scales = self._scales(wide, layout)
@@ -192,12 +208,19 @@ class Quantizer:
         if torch.is_grad_enabled() and x.requires_grad:
             if out is not None:
                 raise InputError("out= with an x that requires a gradient", hint="leave out= away, or use no_grad()")
-            key = rounding_keys(x, self.rounding, generator, keys)
+            key = self._keys(x, generator, keys)
             with torch.no_grad():
                 values, mask = self._fake_quantize(x.detach(), key, axis, None, self.saturation_mask)
             return straight_through(x, values, mask)
-        key = rounding_keys(x, self.rounding, generator, keys)
+        key = self._keys(x, generator, keys)
         return self._fake_quantize(x, key, axis, out, False)[0]
+
+    def _keys(self, x: Tensor, generator: torch.Generator | None, keys: Tensor | None) -> Tensor | None:
+        if self.backend == "exact":
+            return rounding_keys(x, self.rounding, generator, keys)
+        if generator is not None or keys is not None:
+            raise InputError("backend='qtorch' with generator= or keys=", hint="qtorch's random bits cannot be seeded")
+        return None
 
     def _fake_quantize(
         self, x: Tensor, key: Tensor | None, axis: int, out: Tensor | None, masked: bool
@@ -243,6 +266,8 @@ class Quantizer:
             scaled = x * piece(scales.factor, where)
         else:
             scaled = x / piece(scales.fitted, where)
+        if self.backend == "qtorch":
+            return by_qtorch(scaled, self.element, self.rounding, None, None), scaled
         return on_grid(scaled, self.element, self.rounding, self._overflow, noise, self.random_bits), scaled
 
     def _layout(self, x: Tensor, axis: int, key: Tensor | None) -> ScaleLayout:

@@ -34,6 +34,8 @@ def scale_from(amax: Tensor, element: NumberFormat, scale: NumberFormat, rule: S
     """
     if rule == "none":
         return torch.ones_like(amax)
+    if rule == "max" and scale.kind == "exponent":
+        rule = "pow2"  # a nearest power of two could be too small by half
     if rule == "max":
         s = torch.clamp(amax / element.max_value, min=_FLOAT32_MIN)
         if scale.name != "float32":

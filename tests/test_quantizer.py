@@ -225,7 +225,7 @@ def test_powers_of_two_scale_exactly() -> None:
     assert same((x / scale) * scale, x)
 
 
-# --- a format of 16 bits and more is a cast ----------------------------------------------------------------------------
+# --- a format of 16 bits and more is a cast --------------------------------------------------------------------------
 
 
 def test_wide_formats_are_cast() -> None:
@@ -275,6 +275,7 @@ def test_gradients_through_vmap() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @pytest.mark.parametrize("name", ["fp8", "luq_fp4", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
 def test_compiled_bits_are_eager_bits(name: str, rounding: str) -> None:
