@@ -30,7 +30,7 @@ from hwmodels.calibration import (
     QuantizeCalibration,
     calibration_yaml,
 )
-from hwmodels.fit import GemmRows, errors, fit_kernel, fit_quantize, gemm_rows, predict
+from hwmodels.fit import GemmRows, errors, fit_kernel, fit_quantize, fit_rows, gemm_rows, predict
 from hwmodels.fit_power import PowerRows, fit_power
 from hwmodels.gemm import GemmRates, gemm_rates
 from hwmodels.power import board_power, moved_bytes
@@ -212,9 +212,7 @@ def held_out(data: Path) -> None:
                 continue
             line = f"{name:13} {kernel:10}"
             for label, kept in _groups(rows).items():
-                fitted = fit_kernel(
-                    rows.where(~kept), rates_of(profile, kernel), source="", dynamic=kernel != "bfloat16"
-                )
+                fitted = fit_rows(rows.where(~kept), rates_of(profile, kernel), dynamic=kernel != "bfloat16")
                 off = errors(predict(rows.where(kept), fitted, rates_of(profile, kernel)), rows.seconds[kept])
                 line += f" | {label} {off.mape_percent:5.2f} %"
             print(line, flush=True)

@@ -162,7 +162,7 @@ def fit_kernel(
     predicted, measured = [], []
     parts = halves(rows)
     for trained, tested in (parts, parts[::-1]):
-        predicted.append(predict(tested, _fit(trained, rates, **known), rates))
+        predicted.append(predict(tested, fit_rows(trained, rates, **known), rates))
         measured.append(tested.seconds)
     apart, seen = np.concatenate(predicted), np.concatenate(measured)
     found = errors(apart, seen)
@@ -174,18 +174,19 @@ def fit_kernel(
         held_out_median_percent=round(found.median_percent, 2),
         held_out_rank_correlation=round(found.rank_correlation, 4),
     )
-    return replace(_fit(rows, rates, **known), fitted=fitted, band=(round(float(low), 3), round(float(high), 3)))
+    return replace(fit_rows(rows, rates, **known), fitted=fitted, band=(round(float(low), 3), round(float(high), 3)))
 
 
-def _fit(
+def fit_rows(
     rows: GemmRows,
     rates: GemmRates,
     *,
-    quantize: QuantizeCalibration | None,
-    dynamic: bool,
-    fixed_s: float | None,
-    correct: bool,
+    quantize: QuantizeCalibration | None = None,
+    dynamic: bool = False,
+    fixed_s: float | None = None,
+    correct: bool = True,
 ) -> KernelCalibration:
+    """A calibration fitted to all rows, without a statement of its error; arguments as of ``fit_kernel``."""
     kernel = _initial(rows, quantize, dynamic, fixed_s)
     free = [name for name in _START if name not in ("cast_s", "cast_bandwidth_efficiency") or dynamic]
     free = [name for name in free if name != "fixed_s" or fixed_s is None]

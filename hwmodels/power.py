@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emulation.errors import InputError
 from hwmodels.calibration import KERNELS, KernelCalibration, PowerCalibration
-from hwmodels.gemm import GemmRates, gemm_rates
+from hwmodels.gemm import GemmRates, gemm_rates, kernel_of
 from hwmodels.profile import HardwareProfile
 
 
@@ -17,37 +17,39 @@ def moved_bytes(m: int, n: int, k: int, kernel: KernelCalibration, rates: GemmRa
     return per_activation * m * k + rates.operand_bytes * k * n + rates.output_bytes * m * n
 
 
-def capped_power(
-    flops: float, moved: float, seconds: float, kernel: str, limit_w: float, power: PowerCalibration
-) -> float:
-    """Watts of a board during work: ``min(limit, idle + energy of its operations and bytes / seconds)``.
+def capped_power(dynamic_j: float, seconds: float, limit_w: float, power: PowerCalibration) -> float:
+    """Watts of a board that spends ``dynamic_j`` on operations and bytes: ``min(limit, idle + dynamic)``."""
+    return min(power.saturation * limit_w, power.idle_w + dynamic_j / seconds)
 
-    Args:
-        flops: operations (1 MAC = 2 FLOPs).
-        moved: bytes between the chip and its memory.
-        seconds: that the work takes.
-        kernel: a key of ``KERNELS``.
-        limit_w: of the board.
-        power: fitted constants.
+
+def joules_per_flop(kernel: str, power: PowerCalibration, profile: HardwareProfile) -> float:
+    """Energy of an operation of a kernel: fitted, else bfloat16's in inverse proportion to the peak rates.
+
+    The measured formats are roughly in that proportion.
 
     Raises:
-        InputError: no energy was fitted for the kernel.
+        InputError: neither was fitted, or the chip has no rate for one of the formats.
     """
-    if kernel not in power.joules_per_flop:
+    if kernel in power.joules_per_flop:
+        return power.joules_per_flop[kernel]
+    if "bfloat16" not in power.joules_per_flop:
         raise InputError(f"kernel={kernel!r} has no fitted energy", hint="fitted: " + ", ".join(power.joules_per_flop))
-    dynamic_j = power.joules_per_flop[kernel] * flops + power.joules_per_byte * moved
-    return min(power.saturation * limit_w, power.idle_w + dynamic_j / seconds)
+    ratio = profile.rate("bfloat16").peak_flops_per_s / profile.rate(KERNELS[kernel]).peak_flops_per_s
+    return power.joules_per_flop["bfloat16"] * ratio
 
 
 def board_power(m: int, n: int, k: int, seconds: float, kernel: str, profile: HardwareProfile) -> float:
     """Board watts during products [m, k] x [k, n] that take ``seconds`` each, back to back.
 
     Raises:
-        InputError: the profile has no fitted power, or none for this kernel.
+        InputError: the profile has no fitted power.
     """
     calibration = profile.calibration
     if calibration is None or calibration.power is None or profile.power is None:
         raise InputError(f"{profile.name} has no fitted power")
-    rates = gemm_rates(profile.rate(KERNELS[kernel]), profile)
-    moved = moved_bytes(m, n, k, calibration.kernels[kernel], rates)
-    return capped_power(2.0 * m * n * k, moved, seconds, kernel, profile.power.limit_w, calibration.power)
+    rate = profile.rate(KERNELS[kernel])
+    constants = calibration.kernels.get(kernel) or calibration.kernels[kernel_of(rate, calibration)]
+    moved = moved_bytes(m, n, k, constants, gemm_rates(rate, profile))
+    dynamic_j = joules_per_flop(kernel, calibration.power, profile) * 2.0 * m * n * k
+    dynamic_j += calibration.power.joules_per_byte * moved
+    return capped_power(dynamic_j, seconds, profile.power.limit_w, calibration.power)

@@ -21,9 +21,7 @@ from hwmodels.calibration import (
 from hwmodels.fields import problems
 from hwmodels.strict_yaml import parse_yaml
 
-PASSES = QuantizeCalibration(
-    amax_s=7e-6, amax_bandwidth_efficiency=0.4, cast_s=1.3e-6, cast_bandwidth_efficiency=0.9
-)
+PASSES = QuantizeCalibration(amax_s=7e-6, amax_bandwidth_efficiency=0.4, cast_s=1.3e-6, cast_bandwidth_efficiency=0.9)
 POWER = PowerCalibration(
     idle_w=130.0,
     joules_per_byte=6e-11,

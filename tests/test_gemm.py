@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -167,9 +168,7 @@ def test_correction_is_exact_at_knots_linear_between_and_fades_outside() -> None
 
 def test_quantization_passes() -> None:
     assert quantize_seconds(10**6, KERNEL, RATES) == 0.0
-    one = QuantizeCalibration(
-        amax_s=0.0, amax_bandwidth_efficiency=None, cast_s=3e-6, cast_bandwidth_efficiency=0.5
-    )
+    one = QuantizeCalibration(amax_s=0.0, amax_bandwidth_efficiency=None, cast_s=3e-6, cast_bandwidth_efficiency=0.5)
     narrow = replace(RATES, operand_bytes=1.0)
     assert quantize_seconds(10**6, replace(KERNEL, quantize=one), narrow) == pytest.approx(3e-6 + 3e6 / 0.5e11)
     two = replace(one, amax_s=7e-6, amax_bandwidth_efficiency=0.25)
@@ -212,7 +211,7 @@ def test_shipped_calibrations_are_sane_far_beyond_what_was_measured(name: str) -
         rates = gemm_rates(rate, profile)
         for n, k in ((1, 1), (17, 3), (32, 65536), (1000, 1000), (4096, 4096), (1 << 20, 64), (1 << 17, 1 << 17)):
             times = [kernel_seconds(1 << power, n, k, kernel, rates) for power in range(0, 25, 2)]
-            for less, more in zip(times, times[1:], strict=False):
+            for less, more in pairwise(times):
                 # four times the rows: never much less time; more than four times where they outgrow the cache
                 assert 0.6 * less <= more <= 12 * less, (format_name, n, k, times)
             flops = 2.0 * (1 << 24) * n * k
@@ -241,7 +240,9 @@ def test_kernels_that_were_not_measured_are_borrowed_and_say_so() -> None:
     assert measured_kernel(profile.rate("float16"), profile.calibration)
     b200 = load_profile("b200")
     assert b200.calibration is not None
-    kernels = {name: kernel_of(b200.rate(name), b200.calibration) for name in ("bf16", "fp8", "mxfp8", "nvfp4", "mxfp4")}
+    kernels = {
+        name: kernel_of(b200.rate(name), b200.calibration) for name in ("bf16", "fp8", "mxfp8", "nvfp4", "mxfp4")
+    }
     assert kernels == {"bf16": "bfloat16", "fp8": "fp8", "mxfp8": "fp8_block", "nvfp4": "nvfp4", "mxfp4": "nvfp4"}
     assert measured_kernel(b200.rate("nvfp4"), b200.calibration)
     assert not measured_kernel(b200.rate("mxfp4"), b200.calibration)
