@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emulation import matmul_torch, matmul_triton
+from emulation import matmul_torch
 from emulation.errors import InputError
 from emulation.formats import BlockFormat, Format, NumberFormat, get_format
 from emulation.matrix_units import SCALE_BLOCKS, Accumulation, MatrixUnit, element_format, matrix_unit
 
 __all__ = ["MatrixUnit", "matmul"]
 
-_CHUNK = 1 << 20  # values looked at a time
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # values looked at a time: what the caches hold; few waits for the device
 
 
 @torch.no_grad()
@@ -86,8 +87,11 @@ def matmul(
         fold = row.arithmetic == "block_scaled"
         left = matmul_torch.with_scales(left, a_scale.t(), scale, block=block, fold=fold)
         right = matmul_torch.with_scales(right, b_scale, scale, block=block, fold=fold)
-    if matmul_triton.takes(left, right, row):
-        return matmul_triton.chained_product(left, right, row)
+    if left.values.is_cuda and find_spec("triton") is not None:
+        from emulation import matmul_triton  # imports Triton, which a machine without CUDA may not have
+
+        if matmul_triton.takes(left, right, row):
+            return matmul_triton.chained_product(left, right, row)
     return matmul_torch.chained_product(left, right, row)
 
 
@@ -143,11 +147,12 @@ def _on_grid(name: str, x: Tensor, fmt: NumberFormat) -> Tensor:
         cut = values.contiguous().view(torch.int32).bitwise_and(-1 << 13).view(torch.float32)
         return torch.where(values.isnan(), values, cut)
     exact = x.detach().reshape(-1) if x.dtype == torch.float64 else None
-    for start in range(0, values.numel(), _CHUNK):  # pieces that stay in the caches, and keep memory bounded
-        piece = values.reshape(-1)[start : start + _CHUNK]
+    chunk = _CHUNK.get(x.device.type, 1 << 20)
+    for start in range(0, values.numel(), chunk):
+        piece = values.reshape(-1)[start : start + chunk]
         fits = _fits(piece, fmt)
         if exact is not None:
-            fits &= (exact[start : start + _CHUNK] == piece) | piece.isnan()
+            fits &= (exact[start : start + chunk] == piece) | piece.isnan()
         if not bool(fits.all()):
             raise InputError(
                 f"{name} holds {float(piece[~fits][0])!r}, which is not a value of {fmt.name!r}",

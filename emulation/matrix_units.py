@@ -62,6 +62,20 @@ class MatrixUnit:
     accumulation: Accumulation = "fast"
     run: int | None = None
 
+    def __post_init__(self) -> None:
+        bits = {"truncated": (1, 27), "block_scaled": (1, 40), "plain": (1, 23)}.get(self.arithmetic, (24, 24))
+        limits = {"group": (1, 1024), "fraction_bits": bits, "result_bits": (1, 23), "run": (self.group, 1 << 30)}
+        for field, (low, high) in limits.items():
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"unit {self.name!r}: {field}={value!r}", hint=f"{low} to {high} is allowed")
+        if self.arithmetic == "block_scaled" and self.group % 32:
+            raise InputError(f"unit {self.name!r}: group={self.group!r}", hint="whole blocks of 32 make a step")
+        if self.arithmetic == "truncated" and self.scales and 32 % self.group:
+            raise InputError(f"unit {self.name!r}: group={self.group!r}", hint="steps must divide blocks of 32")
+        if self.run is not None and self.run % self.group:
+            raise InputError(f"unit {self.name!r}: run={self.run!r}", hint=f"a multiple of group={self.group}")
+
     def takes(self, a_format: str, b_format: str, scale_format: str | None) -> bool:
         """Whether the row is for operands of these formats, block scales of ``scale_format`` included (None: none)."""
         if scale_format is None:
