@@ -145,6 +145,12 @@ def test_joint_calibration_meets_the_target_from_below_and_wastes_no_noise(
     assert epsilon(ledger(training(sigma - 1e-3, rate, steps), *analyses), delta, accountant) > target
 
 
+def test_calibration_ends_where_the_first_guess_meets_the_target_exactly():
+    target = epsilon(ledger(training(1.0, 0.02, 500)), 1e-5, "rdp")
+    sigma = calibrate_noise(target_epsilon=target, target_delta=1e-5, sample_rate=0.02, steps=500, accountant="rdp")
+    assert 0.999 <= sigma <= 1.0
+
+
 def test_calibration_evaluates_the_slow_accountant_few_times(monkeypatch):
     calls = []
 
