@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from emulation.errors import InputError, suggestion
-from hwmodels.fields import Anything, Field, Fields, Null, Number, OneOf, Table, Text, json_schema, problems
+from hwmodels.fields import Anything, Field, Fields, Number, Table, Text, json_schema, problems
 from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
 
 # The order of lookup: beside the package in a checkout, inside it in an install.
@@ -87,8 +89,10 @@ SPECIFICATION = Fields(
                 "decay": Number(minimum=0, below=1, doc="of the moving average over analyses", required=False),
             },
         ),
-        "seed": OneOf(
-            options=(Number(minimum=0, maximum=2**63 - 1, integer=True), Null()),
+        "seed": Number(
+            minimum=0,
+            maximum=2**63 - 1,
+            integer=True,
             doc="root of all random streams; leave out for a secret one",
             required=False,
         ),
@@ -115,6 +119,26 @@ class RunConfig:
     def error(self, key: KeyPath, message: str, *, hint: str | None = None) -> InputError:
         """An error that points at the line of ``key``, such as ``("training", "batch_size")``."""
         return self._document.error(key, message, hint=hint)
+
+    @contextmanager
+    def at(self, *key: str) -> Iterator[None]:
+        """Gives errors raised inside the line they are about: of the argument they name, or of ``key``."""
+        try:
+            yield
+        except InputError as error:
+            if error.file is not None:
+                raise
+            raise self.error(self._named(error.message, key), error.message, hint=error.hint) from error
+
+    def _named(self, message: str, key: KeyPath) -> KeyPath:
+        found = re.search(r"\b([a-z_]+)=", message)
+        if found is None:
+            return key
+        sections = [key[0], *(s for s in self.data if s != key[0])] if key else list(self.data)
+        for section in sections:
+            if isinstance(self.data[section], dict) and found[1] in self.data[section]:
+                return (section, found[1])
+        return (found[1],) if found[1] in self.data else key
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -158,7 +182,7 @@ def load_config(path: str | Path, overrides: Mapping[KeyPath, Any] | None = None
         if name not in shipped or len(Path(path).parts) > 3:
             raise InputError(f"no such configuration: {path}", hint=suggestion(name, shipped))
         path = shipped[name]
-    document = _overridden(read_yaml(path), overrides or {})
+    document = _without_nulls(_overridden(read_yaml(path), overrides or {}), _DEFAULTS)
     raise_all(problems(document, SPECIFICATION))
     data = document.data
     resolved = {key: _filled(data.get(key), _DEFAULTS.get(key)) for key in SPECIFICATION.entries}
@@ -197,6 +221,17 @@ def _overridden(document: Document, overrides: Mapping[KeyPath, Any]) -> Documen
             section[key[-1]] = value
         lines[key], files[key] = 0, "command line"
     return replace(document, data=data, lines=lines, files=files)
+
+
+def _without_nulls(document: Document, defaults: Mapping[str, Any]) -> Document:
+    """The document without the keys that say null where null is the default, as a run folder's resolved file does."""
+
+    def kept(value: Any, default: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(default, dict):
+            return value
+        return {k: kept(v, default.get(k)) for k, v in value.items() if not (v is None and default.get(k, 0) is None)}
+
+    return replace(document, data=kept(document.data, defaults))
 
 
 def _contradictions(config: RunConfig) -> list[InputError]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from dpquant.engine import DPQuantEngine, Epoch
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder
 from dpquant.sensitivity import AnalysisSettings
 from dpquant.streams import fresh_root, stream_seed
-from emulation.errors import InputError
+from emulation.precision import layer_precision
 from hwmodels import cost
+from hwmodels.profile import load_profile
 
 _EVALUATION_BATCH = 1000
 
@@ -44,19 +45,28 @@ class Training:
     parts: tuple[Any, ...]
 
 
-def prepare(config: RunConfig, *, root: int | None = None, splits: Splits | None = None) -> Training:
+def prepare(
+    config: RunConfig,
+    *,
+    root: int | None = None,
+    splits: Splits | None = None,
+    adapt: Callable[[nn.Module], nn.Module] | None = None,
+) -> Training:
     """Everything before the first step: data, model, workload, hardware, reachability, noise.
 
     Args:
         config: what to run.
         root: the root seed of a run that is resumed; None derives it from the configuration's seed, or draws one.
         splits: data to use in place of the configuration's.
+        adapt: makes of the configuration's model the one to train.
 
     Raises:
         InputError: whatever cannot be used or reached, with the configuration's line where there is one.
     """
     settings, schedule, budget = config["training"], config["schedule"], config["privacy"]
-    splits = load_data(DataSettings(**config["data"])) if splits is None else splits
+    if splits is None:
+        with config.at("data"):
+            splits = load_data(DataSettings(**config["data"]))
     size = len(splits.train)
     if settings["batch_size"] > size:
         message = f"batch_size={settings['batch_size']} is larger than the data ({size} training examples)"
@@ -68,34 +78,40 @@ def prepare(config: RunConfig, *, root: int | None = None, splits: Splits | None
     if root is None:
         root = fresh_root() if config["seed"] is None else stream_seed(config["seed"], "root")
     model = _model(config, splits, root)
-    engine = DPQuantEngine(
-        hardware=config["hardware"]["profile"],
-        basis=config["hardware"]["basis"],
-        target_speedup=schedule["target_speedup"],
-        fraction=schedule["fraction"],
-        format=config["format"],
-        scheduler=schedule["scheduler"],
-        beta=schedule["beta"],
-        analysis=AnalysisSettings(**config["analysis"]),
-        accountant=budget["accountant"],
-        root=root,
-    )
-    optimizer = _optimizer(config, model)
-    parts = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        criterion=nn.CrossEntropyLoss(),
-        data_loader=DataLoader(splits.train, batch_size=settings["batch_size"]),
-        target_epsilon=budget["target_epsilon"],
-        noise_multiplier=budget["noise_multiplier"],
-        target_delta=budget["target_delta"],
-        epochs=settings["epochs"],
-        max_grad_norm=settings["max_grad_norm"],
-        sample_rate=min(1.0, settings["batch_size"] / declared),
-        expected_batch_size=settings["batch_size"],
-        clipping=settings["clipping"],
-        max_physical_batch_size=settings["max_physical_batch_size"],
-    )
+    model = model if adapt is None else adapt(model)
+    with config.at("hardware", "profile"):
+        profile = load_profile(config["hardware"]["profile"])
+    with config.at("format"):
+        layer_precision(config["format"])
+    with config.at("schedule", "target_speedup"):
+        engine = DPQuantEngine(
+            hardware=profile,
+            basis=config["hardware"]["basis"],
+            target_speedup=schedule["target_speedup"],
+            fraction=schedule["fraction"],
+            format=config["format"],
+            scheduler=schedule["scheduler"],
+            beta=schedule["beta"],
+            analysis=AnalysisSettings(**config["analysis"]),
+            accountant=budget["accountant"],
+            root=root,
+        )
+        optimizer = _optimizer(config, model)
+        parts = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            data_loader=DataLoader(splits.train, batch_size=settings["batch_size"]),
+            target_epsilon=budget["target_epsilon"],
+            noise_multiplier=budget["noise_multiplier"],
+            target_delta=budget["target_delta"],
+            epochs=settings["epochs"],
+            max_grad_norm=settings["max_grad_norm"],
+            sample_rate=min(1.0, settings["batch_size"] / declared),
+            expected_batch_size=settings["batch_size"],
+            clipping=settings["clipping"],
+            max_physical_batch_size=settings["max_physical_batch_size"],
+        )
     return Training(
         config=config,
         facts=_facts(config, engine, model),
@@ -190,19 +206,14 @@ class _Totals:
 
 def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
     name, options = config["model"]["name"], dict(config["model"]["options"])
-    if name not in models.MODELS:
-        models.build_model(name)  # raises, with the nearest names
-    takes = inspect.signature(models.MODELS[name]).parameters
-    shape = splits.input_shape
-    for key, value in (("num_classes", splits.classes), ("in_channels", shape[0]), ("image_size", shape[-1])):
-        if key in takes:
-            options.setdefault(key, value)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(root, "initialisation"))
-            return models.build_model(name, **options)
-    except InputError as error:
-        raise config.error(("model",), error.message, hint=error.hint) from error
+    with config.at("model", "name"), torch.random.fork_rng(devices=[]):
+        takes = inspect.signature(models.MODELS[name]).parameters if name in models.MODELS else {}
+        shape = splits.input_shape
+        for key, value in (("num_classes", splits.classes), ("in_channels", shape[0]), ("image_size", shape[-1])):
+            if key in takes:
+                options.setdefault(key, value)
+        torch.manual_seed(stream_seed(root, "initialisation"))
+        return models.build_model(name, **options)
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:

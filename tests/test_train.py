@@ -1,0 +1,233 @@
+"""Runs from a configuration: what is written, what is refused, and that a stopped run ends as if it never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpquant import ledger_file
+from dpquant.config import load_config
+from dpquant.rundir import EpochRecord, RunFolder, load_run
+from dpquant.train import Training, evaluate, prepare, train
+from emulation.errors import InputError
+
+CONFIG = """\
+model: {name: digits_cnn}
+data: {name: digits}
+hardware: {profile: b200, basis: peak}
+format: luq_fp4
+schedule: {scheduler: dpquant, fraction: 0.5}
+training: {epochs: 4, batch_size: 150, dataset_size: 1500, learning_rate: 0.5, max_grad_norm: 1.0}
+privacy: {target_epsilon: 8.0, target_delta: 1e-4, accountant: rdp}
+analysis: {interval: 2, expected_batch_size: 64}
+seed: 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write(tmp_path: Path, text: str = CONFIG) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+def start(tmp_path: Path, name: str, text: str = CONFIG) -> tuple[Training, RunFolder]:
+    config = load_config(write(tmp_path, text))
+    training = prepare(config)
+    return training, RunFolder.create(tmp_path / name, config=config.data, facts=training.facts)
+
+
+def timeless(records: tuple[EpochRecord, ...]) -> list[EpochRecord]:
+    return [dataclasses.replace(r, wall_s=0.0, analysis_wall_s=0.0) for r in records]
+
+
+def state(folder: Path) -> tuple[dict[str, Any], list[EpochRecord], str]:
+    """All that a finished run leaves, but for how long things took."""
+    from dpquant.rundir import load_checkpoint
+
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    ledger = ledger_file.read_ledger(folder / "ledger.jsonl").to_json_lines()
+    return checkpoint, timeless(load_run(folder).records), ledger
+
+
+def same(a: tuple[dict[str, Any], list[EpochRecord], str], b: tuple[dict[str, Any], list[EpochRecord], str]) -> bool:
+    weights = all(torch.equal(a[0]["model"][k], b[0]["model"][k]) for k in a[0]["model"])
+    return weights and a[0]["engine"] == b[0]["engine"] and a[1:] == b[1:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    training, folder = start(tmp_path, "run")
+    with folder:
+        yielded = list(train(training, folder))
+    assert list(load_run(folder.path).records) == yielded
+    return folder.path
+
+
+def test_a_run_learns_within_its_budget_and_writes_everything_down(undisturbed: Path) -> None:
+    run = load_run(undisturbed)
+    assert run.complete
+    assert [r.epoch for r in run.records] == [1, 2, 3, 4]
+    assert [r.epsilon for r in run.records] == sorted(r.epsilon for r in run.records)
+    assert 7.9 < run.records[-1].epsilon <= 8.0
+    assert 0 < run.records[-1].epsilon_analysis < run.records[-1].epsilon
+    assert all(len(r.quantized) == 3 and r.steps == 10 for r in run.records)
+    assert run.records[-1].test_accuracy is not None
+    assert run.records[-1].test_accuracy > 0.2  # ten classes
+    ledger = ledger_file.read_ledger(undisturbed / "ledger.jsonl", run.run_id)
+    assert (ledger.steps("training"), ledger.steps("analysis")) == (40, 2)
+
+
+def test_a_run_that_stops_between_epochs_ends_the_same(tmp_path: Path, undisturbed: Path) -> None:
+    training, folder = start(tmp_path, "run")
+    with folder:
+        for record in train(training, folder):
+            if record.epoch == 2:
+                break
+    _finish(folder.path)
+    assert same(state(folder.path), state(undisturbed))
+
+
+def test_a_run_that_stops_inside_an_epoch_ends_the_same(tmp_path: Path, undisturbed: Path) -> None:
+    training, folder = start(tmp_path, "run")
+    training.engine._before_noise = _stop_after(training.engine._before_noise, 17)  # type: ignore[method-assign]
+    training.parts[1].before_noise = training.engine._before_noise
+    with folder, pytest.raises(KeyboardInterrupt):
+        list(train(training, folder))
+    assert len(folder.records()) == 1
+    assert ledger_file.read_ledger(folder.ledger_path).steps("training") == 17
+    _finish(folder.path)
+    assert same(state(folder.path), state(undisturbed))
+
+
+def _stop_after(step: Any, count: int) -> Any:
+    taken = iter(range(count))
+
+    def limited() -> Any:
+        if next(taken, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    return limited
+
+
+def _finish(path: Path) -> None:
+    with RunFolder.resume(path) as folder:
+        saved = folder.load_checkpoint()
+        assert saved is not None
+        list(train(prepare(load_config(path / "config.yaml"), root=saved["engine"]["root"]), folder))
+
+
+def test_the_guard_sees_a_run_that_ended_otherwise(tmp_path: Path, undisturbed: Path) -> None:
+    training, folder = start(tmp_path, "run", CONFIG.replace("seed: 3", "seed: 4"))
+    with folder:
+        list(train(training, folder))
+    assert not same(state(folder.path), state(undisturbed))
+
+
+def test_evaluation_is_in_full_precision(tmp_path: Path) -> None:
+    training = prepare(load_config(write(tmp_path)))
+    loss, accuracy = evaluate(training.parts[0], training.splits.test)
+    images, labels = training.splits.test.tensors
+    outputs = training.model(images)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(outputs, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((outputs.argmax(1) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "line"),
+    [
+        ("batch_size: 150", "batch_size: 15000", "larger than the data", 6),
+        ("target_delta: 1e-4", "target_delta: 0.01", "is not below 1/1500", 7),
+        ("name: digits_cnn", "name: digits_cn", "unknown model", 1),
+        ("name: digits}", "name: digitz}", "unknown data set", 2),
+        ("profile: b200", "profile: b20", "b20", 3),
+        ("format: luq_fp4", "format: luq_fp5", "luq_fp5", 4),
+        ("fraction: 0.5", "target_speedup: 9.0", "target speedup 9.0x is out of reach on b200", 5),
+        ("target_epsilon: 8.0", "target_epsilon: 0.0001", "target_epsilon", 7),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    tmp_path: Path, old: str, new: str, message: str, line: int
+) -> None:
+    assert old in CONFIG
+    with pytest.raises(InputError, match=message) as caught:
+        start(tmp_path, "run", CONFIG.replace(old, new))
+    assert caught.value.line == line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path, undisturbed: Path) -> None:
+    training, folder = start(tmp_path, "run")
+    (folder.path / "checkpoint.pt").write_bytes((undisturbed / "checkpoint.pt").read_bytes())
+    with folder, pytest.raises(InputError, match="another run"):
+        list(train(training, folder))
+
+
+def test_a_foreign_ledger_is_refused(tmp_path: Path, undisturbed: Path) -> None:
+    training, folder = start(tmp_path, "run")
+    (folder.path / "ledger.jsonl").write_bytes((undisturbed / "ledger.jsonl").read_bytes())
+    with folder, pytest.raises(InputError):
+        list(train(training, folder))
+
+
+# --- crashes
+
+
+def _command(*words: object) -> subprocess.Popen[bytes]:
+    code = "import sys, torch; torch.set_num_threads(1); from dpquant.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def killed_runs_end_the_same(tmp_path: Path, expected: Path, moments: int, seed: int) -> None:
+    """Kills one run after another at random moments of its training, resuming it each time."""
+    config = write(tmp_path)
+    chosen = random.Random(seed)
+    kills, run = 0, 0
+    while kills < moments:
+        folder = tmp_path / f"run{run}"
+        run += 1
+        process = _command("train", config, "--out", folder)
+        while process.poll() is None and kills < moments:
+            while process.poll() is None and not (folder / "checkpoint.pt").exists():
+                time.sleep(0.01)
+            time.sleep(chosen.uniform(0, 1.5))
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            process = _command("train", "--resume", folder)
+            time.sleep(chosen.uniform(2, 4))  # start-up: the interesting moments come after it
+        assert process.wait() == 0
+        assert same(state(folder), state(expected))
+
+
+def test_a_run_killed_at_any_moment_ends_the_same(tmp_path: Path, undisturbed: Path) -> None:
+    killed_runs_end_the_same(tmp_path, undisturbed, moments=2, seed=0)
+
+
+@pytest.mark.long
+def test_runs_killed_at_fifty_moments_end_the_same(tmp_path: Path, undisturbed: Path) -> None:
+    killed_runs_end_the_same(tmp_path, undisturbed, moments=50, seed=1)
