@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dpquant.resnet import BasicBlock, Bottleneck, DenseNet, ResNet, group_norm
 from dpquant.transformers import Bert, Gpt2, SequenceClassifier, VisionTransformer
@@ -136,7 +137,17 @@ def build_model(name: str, **options: Any) -> nn.Module:
             raise InputError(f"model {name} takes no {option}={value!r}", hint=suggestion(option, allowed))
         if isinstance(value, int) and value < 1:
             raise InputError(f"{option}={value} of model {name} must be at least 1")
-    return MODELS[name](**options)
+    with _Shapes():
+        return MODELS[name](**options)
+
+
+class _Shapes(TorchFunctionMode):
+    """Leaves tensors on the meta device unfilled: there torch's ``normal_`` first imports a compiler, for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.normal_ and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def example_input(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
