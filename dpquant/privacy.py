@@ -344,11 +344,10 @@ def _least_sigma(spent: Callable[[float], float], target: float, start: float, s
 def _next_sigma(root: float, low: float, high: float) -> float:
     """Where to evaluate: just above the estimated root, or where the bracket closes if its end is that near."""
     margin = 0.4 * _SIGMA_TOLERANCE
-    if not low < root < high:  # the estimate contradicts what was seen: halve, or leave the one end there is
-        if low > 0:
-            root = (low + high) / 2 if math.isfinite(high) else low + 2 * margin
-        else:
-            root = high - 2 * margin
+    if not low < root < high and low == 0:  # the estimate contradicts what was seen: leave the one end there is
+        root = high - 2 * margin
+    elif not low < root < high:  # ... or halve
+        root = (low + high) / 2 if math.isfinite(high) else low + 2 * margin
     elif high - root < 2 * margin:
         root = max(high - 2 * margin, (low + high) / 2)
     elif root - low < margin:
