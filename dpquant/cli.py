@@ -14,15 +14,15 @@ from dpquant import __version__
 from dpquant.render import Output
 from emulation.errors import InputError, suggestion
 
-COMMANDS = ("estimate", "formats", "hardware", "privacy", "train", "report")
+COMMANDS = ("estimate", "formats", "hardware", "privacy", "train", "report", "audit")
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _FIRST_STEPS = """\
-dpquant {version}: private training in FP4/FP8, and what it would buy on an accelerator
+dpquant {version}: train privately in FP4/FP8, and know what it buys on real chips
 
 What a chip and a format would give, no device needed:
-  dpquant estimate --model resnet18 --input 3x32x32 --batch-size 1024 --hardware h100,b200
+  dpquant estimate --model resnet18 --input 3x32x32 --hardware h100,b200
 
 Train privately on the digits that ship with it, about a minute on two cores:
   dpquant train digits
@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left to flush goes nowhere
+        with contextlib.suppress(OSError, ValueError):  # what is left to flush goes nowhere
+            stdout = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
         return DONE
     except Exception as error:
         if debug:

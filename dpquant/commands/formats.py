@@ -22,8 +22,6 @@ examples:
   dpquant formats --data gradients.npy    ... or your own tensor
   dpquant formats --compare qtorch        where qtorch's own kernels round differently"""
 
-DISTRIBUTIONS = ("normal", "lognormal", "laplace")
-
 
 def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -182,33 +180,47 @@ def _code_grid(codes: list[dict[str, Any]], element: NumberFormat, out: Output) 
 
 
 def _ranking(data: str, out: Output) -> int:
-    from emulation.compare import rank_formats
-
-    rows = [vars(row) if not isinstance(row, dict) else row for row in rank_formats(_tensor(data))]
-    raise NotImplementedError(rows)
-
-
-def _tensor(data: str) -> Tensor:
-    """The numbers to rank formats on: 2^20 draws of a fixed seed, or a file's."""
-    import torch
+    """Formats on data, best signal-to-noise ratio first."""
+    from emulation.compare import DISTRIBUTIONS, rank_formats, sample_data
 
     if data in DISTRIBUTIONS:
-        generator = torch.Generator().manual_seed(0)
-        normal = torch.randn(256, 4096, generator=generator)
-        if data == "normal":
-            return normal
-        if data == "lognormal":
-            return normal.exp() * torch.randn(256, 4096, generator=generator).sign()
-        uniform = torch.rand(256, 4096, generator=generator, dtype=torch.float64) - 0.5
-        return (-uniform.sign() * (-2 * uniform.abs()).log1p()).float()
-    path = Path(data)
-    if not data.endswith(".npy") and not path.exists():
-        hint = suggestion(data, DISTRIBUTIONS)
-        raise InputError(f"--data {data!r} is neither a distribution nor a file", hint=f"{hint}, or a FILE.npy")
-    return _npy(path)
+        x = sample_data(data)
+    elif data.endswith(".npy") or Path(data).exists():
+        x = _npy(Path(data))
+    else:
+        hint = f"{suggestion(data, DISTRIBUTIONS)}, or give a FILE.npy"
+        raise InputError(f"--data {data!r} is neither a distribution nor a file", hint=hint)
+    rows = [vars(row) for row in rank_formats(x)]
+    if out.form == "json":
+        out.json({"schema": 1, "data": data, "count": x.numel(), "rows": rows})
+        return 0
+    columns = [
+        Column(key="format", title="format"),
+        Column(key="bits_per_element", title="bits", show=number, right=True),
+        Column(key="sqnr_db", title="SQNR", show=lambda v: f"{v:.2f} dB", right=True),
+        Column(key="overflow_share", title="overflow", show=_share, right=True),
+        Column(key="underflow_share", title="to zero", show=_share, right=True),
+    ]
+    if out.form == "csv":
+        columns = [Column(key=column.key, title=column.key) for column in columns]
+    small = next((i for i, row in enumerate(rows) if row["bits_per_element"] < 8), None)
+    out.table(Table(columns=columns, rows=rows, best=small))
+    if small is not None:
+        best = rows[small]
+        out.note(f"Of the formats under 8 bits {best['format']} keeps this data best: {best['sqnr_db']:.2f} dB.")
+    out.note(
+        f"{x.numel():,} numbers, one scale per tensor (and per block where the format has blocks), nearest rounding; "
+        "training also depends on how errors correlate, which no such figure shows."
+    )
+    return 0
+
+
+def _share(value: float) -> str:
+    return "0" if value == 0 else f"{100 * value:.3g} %"
 
 
 def _npy(path: Path) -> Tensor:
+    """The numbers in a file, as rows for block scales to run along."""
     import numpy as np
     import torch
 
@@ -220,11 +232,50 @@ def _npy(path: Path) -> Tensor:
         raise InputError(f"cannot be read as .npy ({str(error).splitlines()[0]})", file=path) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.size == 0:
         raise InputError("holds no array of numbers", file=path, hint="save one with numpy.save")
-    tensor = torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):
+        tensor = torch.from_numpy(array.astype(np.float32))
     if not bool(torch.isfinite(tensor).all()):
         raise InputError("holds NaN or infinity (or values beyond float32)", file=path)
     return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
 
 
 def _comparison(other: str, out: Output) -> int:
-    raise NotImplementedError
+    """Where qtorch's own kernels round differently, on every bfloat16 value."""
+    if other != "qtorch":
+        raise InputError(f"--compare {other!r} is not known", hint="--compare qtorch")
+    from emulation.compare import qtorch_differences
+
+    rows = []
+    for fmt in FORMATS.values():
+        if isinstance(fmt, NumberFormat) and fmt.name != "float32":
+            try:
+                rows.append(_differences(vars(qtorch_differences(fmt))))
+            except InputError as error:
+                if "qtorch has no number" not in error.message:
+                    raise  # the kernels cannot be built
+    if out.form == "json":
+        out.json({"schema": 1, "rows": rows})
+        return 0
+    causes = list(rows[0]["by_cause"])
+    flat = [row | row["by_cause"] for row in rows]
+    columns = [
+        Column(key="format", title="format"),
+        Column(key="differing", title="differ", show=lambda v: f"{v:,}", right=True),
+        *(Column(key=cause, title=_SHORT.get(cause, cause), show=lambda v: f"{v:,}", right=True) for cause in causes),
+    ]
+    if out.form == "csv":
+        columns = [Column(key=column.key, title=column.key) for column in columns]
+    out.table(Table(columns=columns, rows=flat))
+    out.note(f"Differences from exact nearest-even rounding among all {rows[0]['count']:,} bfloat16 values, by cause.")
+    out.note("The exact codec is the path that everything here takes; qtorch's kernels are a cross-check.")
+    return 0
+
+
+_SHORT = {"sign of zero": "-0", "rounded twice": "twice"}
+
+
+def _differences(found: dict[str, Any]) -> dict[str, Any]:
+    """One format's row, mappings as plain dicts."""
+    by_cause = dict(found["by_cause"])
+    examples = {cause: [list(example) for example in three] for cause, three in found["examples"].items()}
+    return found | {"by_cause": by_cause, "differing": sum(by_cause.values()), "examples": examples}

@@ -199,27 +199,38 @@ def _check(args: argparse.Namespace, out: Output) -> int:
 
 
 def _validate(args: argparse.Namespace, out: Output) -> int:
-    from hwmodels.validate import validate
+    from hwmodels.validate import of_device, read_measurements, validate
 
     if args.data is None:
         raise InputError("no measurements given", hint="--data FILE.csv with columns gemm_dtype, m, n, k, latency_us")
     profile = profiles.load_profile(args.name, args.hardware_dir)
-    result = validate(profile, args.data, device=args.device)
-    rows = result["rows"]
+    rows = validate(profile, of_device(read_measurements(args.data), args.device or profile.name))
     if out.form == "json":
-        out.json(result)
+        out.json({"schema": 1, "hardware": profile.name, "rows": rows})
         return 0
-
-    def error(key: str, title: str) -> Column:
-        return Column(key=key, title=title, show=lambda v: percent(v / 100), right=True)
-
     columns = [
-        Column(key="format", title="format"),
+        Column(key="format", title="kernel"),
         Column(key="n", title="rows", right=True),
-        error("mape_percent", "mean error"),
-        error("median_percent", "median"),
+        _error("mape_percent", "mean error"),
+        _error("median_percent", "median"),
         Column(key="rank_correlation", title="rank corr.", show=lambda v: f"{v:.3f}", right=True),
-        error("roofline_mape_percent", "roofline's"),
+        _error("roofline_mape_percent", "roofline's"),
+        *([_error("energy_mape_percent", "energy")] if any("energy_mape_percent" in row for row in rows) else []),
     ]
+    if out.form == "csv":
+        columns = [Column(key=column.key, title=column.key) for column in columns]
     out.table(Table(columns=columns, rows=rows))
+    for row in rows:
+        worst = row["worst"][0]
+        size = f"{worst['m']}x{worst['n']}x{worst['k']}"
+        note = f" ({row['note']})" if row["note"] else ""
+        measured, predicted = worst["measured_us"], worst["predicted_us"]
+        out.note(
+            f"{row['format']}{note}: furthest off is {size}, {measured:.3g} us measured, {predicted:.3g} predicted."
+        )
+    out.note("Mean and median are absolute errors of the predicted time; roofline's is that of published peaks alone.")
     return 0
+
+
+def _error(key: str, title: str) -> Column:
+    return Column(key=key, title=title, show=lambda v: percent(v / 100), right=True)

@@ -1,0 +1,544 @@
+"""The command line: answers on stdout, talk on stderr, one-line errors with a hint, and an exit code that says how."""
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpquant import cli
+from dpquant.cli import main
+from dpquant.rundir import load_run
+from emulation.errors import InputError
+from emulation.formats import FORMATS, NumberFormat
+from hwmodels.profile import list_profiles
+
+Capture = pytest.CaptureFixture[str]
+ESTIMATE = ["estimate", "--model", "resnet18", "--input", "3x32x32", "--batch-size", "64", "--hardware", "h100,b200"]
+
+
+def answer(capsys: Capture, *words: str, code: int = 0) -> Any:
+    """What a command prints as JSON, strictly parsed."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def shown(capsys: Capture, *words: str, code: int = 0) -> str:
+    capsys.readouterr()
+    assert main(words) == code
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()), default=0) <= 80
+    return out
+
+
+def refused(capsys: Capture, *words: str) -> tuple[str, str]:
+    """The error and the hint of a command that must end with exit code 2."""
+    capsys.readouterr()
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    hints = [line for line in lines if line.startswith("hint: ")]
+    assert "Traceback" not in captured.err
+    return errors[0].removeprefix("error: "), hints[0].removeprefix("hint: ") if hints else ""
+
+
+# --- the door
+
+
+def test_alone_says_what_to_do_first(capsys: Capture) -> None:
+    out = shown(capsys)
+    for command in ("dpquant estimate", "dpquant train digits", "dpquant privacy", "--help"):
+        assert command in out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["hardware", "list"], ["formats"], ["hardware", "check", "h100"]])
+def test_torch_is_not_imported(words: list[str]) -> None:
+    code = (
+        "import sys; from dpquant.cli import main; code = main(sys.argv[1:]);"
+        "heavy = [m for m in ('torch', 'numpy', 'opacus') if m in sys.modules]; sys.exit(str(heavy) if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys: Capture) -> None:
+    assert shown(capsys, "--version").startswith("dpquant 0.")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_examples(capsys: Capture, command: str) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"dpquant {command}" in out
+    assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "hint"),
+    [
+        (["estimat"], "'estimat'", "'estimate'"),
+        (["hardware", "lst"], "'lst'", "'list'"),
+        (["hardware"], "no action", "list, show"),
+        (["hardware", "list", "--jsno"], "unknown option --jsno", "--json"),
+        (["estimate", "--modle=resnet18"], "unknown option --modle", "--model"),
+        (["formats", "--verbose-everything"], "unknown option --verbose-everything", "dpquant formats --help"),
+        (["hardware", "show"], "NAME", "--help"),
+        (["hardware", "show", "h10"], "'h10'", "h100"),
+        (["hardware", "show", "h100", "extra"], "unexpected argument 'extra'", "--help"),
+        (["hardware", "check"], "no file", "FILE"),
+        (["hardware", "validate", "h100"], "no measurements", "latency_us"),
+        (["formats", "fp44"], "'fp44'", "fp4"),
+        (["formats", "--codes"], "--codes needs", "dpquant formats"),
+        (["formats", "fp4", "--data", "normal"], "give one of", ""),
+        (["formats", "--data", "nromal"], "'nromal'", "'normal'"),
+        (["formats", "--data", "missing.npy"], "does not exist", ""),
+        (["estimate"], "no --model", "resnet18"),
+        (["estimate", "--model", "resnet1"], "'resnet1'", "resnet18"),
+        (["estimate", "--model", "resnet18", "--input", "3x32y32"], "3x32y32", "3x32x32"),
+        (["estimate", "--model", "resnet18", "--input", "3x0x32"], "3x0x32", "3x32x32"),
+        (["estimate", "--model", "resnet18", "--input", "32"], "does not fit", "3x224x224"),
+        (["estimate", "--model", "resnet18", "--batch-size", "0"], "batch_size=0", "256"),
+        (["estimate", "--model", "resnet18", "--batch-size", "many"], "--batch-size", "--help"),
+        (["estimate", "--model", "resnet18", "--hardware", "h10"], "'h10'", "h100"),
+        (["estimate", "--model", "resnet18", "--hardware", "h100,,"], "empty name", "commas"),
+        (["estimate", "--model", "resnet18", "--format", "fp5"], "'fp5'", "fp"),
+        (["estimate", "--model", "resnet18", "--clipping", "gost"], "'gost'", "'ghost'"),
+        (["estimate", "--model", "resnet18", "--fraction", "1.5"], "--fraction 1.5", ""),
+        (["estimate", "--model", "resnet18", "--fraction", "1", "--target-speedup", "2"], "give one", ""),
+        (["estimate", "--model", "resnet18", "--target-speedup", "nan"], "--target-speedup nan", ""),
+        (["estimate", "--model", "resnet18", "--model-option", "stem"], "not KEY=VALUE", "stem=cifar"),
+        (["estimate", "--model", "resnet18", "--model-option", "stem=cifr"], "'cifr'", "cifar"),
+        (["estimate", "--model", "resnet18", "--model-option", "stm=cifar"], "stm='cifar'", "stem"),
+        (["estimate", "--model", "no_such:thing", "--input", "3"], "no_such", "importable"),
+        (["estimate", "--model", "json:dumps", "--input", "3"], "json:dumps", ""),
+        (["estimate", "--model", "json:JSONDecoder", "--input", "3"], "not a torch.nn.Module", ""),
+        (["estimate", "--model", "json:dumps"], "needs --input", ""),
+        (["estimate", "--model", "resnet18", "--hardware", "h100", "--price", "h10=1"], "'h10'", "h100"),
+        (["estimate", "--model", "resnet18", "--hardware", "h100", "--price", "h100=x"], "no price", "h100=2.5"),
+        (["estimate", "--model", "resnet18", "--max-power", "1"], "at most 1 W", ""),
+        (["privacy"], "no configuration", "--epochs"),
+        (["privacy", "digts"], "digts", "digits"),
+        (["train"], "CONFIG", "digits"),
+        (["train", "digts"], "digts", "digits"),
+        (["train", "--resume", "nowhere"], "no run in", "dpquant train"),
+        (["train", "--resume", "nowhere", "--epochs", "3"], "--epochs cannot change", ""),
+        (["train", "digits", "--scheduler", "dpqant"], "dpqant", "dpquant"),
+        (["report"], "no run given", "RUN"),
+        (["report", "nowhere"], "no run in", "dpquant train"),
+    ],
+)
+def test_wrong_input(capsys: Capture, words: list[str], error: str, hint: str) -> None:
+    found = refused(capsys, *words)
+    assert error in found[0]
+    assert hint in found[1]
+
+
+def test_several_problems_are_all_said(capsys: Capture, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("model: {nam: digits_cnn}\nformt: fp8\n")
+    assert main(["privacy", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("error: ") >= 2
+    assert f"{path}:1: " in err
+
+
+def test_defects_are_one_line_unless_debugged(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: object, out: object) -> int:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("dpquant.commands.formats.run", broken)
+    assert main(["formats"]) == 1
+    assert "error: unexpected RuntimeError: two lines\n" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        main(["formats", "--debug"])
+    with pytest.raises(InputError):
+        main(["hardware", "show", "nothing", "--debug"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 0), (OSError(28, "x"), 1)])
+def test_exit_codes(capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def ends(args: object, out: object) -> int:
+        raise error
+
+    monkeypatch.setattr("dpquant.commands.formats.run", ends)
+    assert main(["formats"]) == code
+
+
+WORDS = [
+    *cli.COMMANDS, "list", "show", "check", "h100", "fp8", "digits", "nowhere", "--json", "--csv", "--quiet", "--debg",
+    "--hardware", "--format", "--epochs", "--", "-", "", "=", "--=", "--codes", "--data", "--delta", "0", "-1", "nan",
+    "1e400", "9" * 50, "ü", "\udcff", "--batch-size", "--by", "--input",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_characters="\x00"), max_size=8), max_size=5)
+)
+def test_no_words_end_in_a_traceback(capsys: Capture, words: list[str]) -> None:
+    if "train" in words and "digits" in words:
+        return  # would train
+    code = main(words)
+    captured = capsys.readouterr()
+    assert code in (0, 1, 2)
+    assert "Traceback" not in captured.err
+    assert "defect" not in captured.err, (words, captured.err)
+    assert code == 0 or captured.err or "check" in words
+
+
+# --- formats
+
+
+def test_formats_lists_every_one(capsys: Capture) -> None:
+    rows = answer(capsys, "formats")["rows"]
+    assert [row["name"] for row in rows] == list(FORMATS)
+    by_name = {row["name"]: row for row in rows}
+    e4m3 = by_name["float8_e4m3fn"]
+    assert (e4m3["bits"], e4m3["max"], e4m3["epsilon"], e4m3["codes"]) == (8, 448.0, 0.125, 256)
+    assert {"h100", "h200", "b200"} <= set(e4m3["native_on"])
+    assert "a100" not in e4m3["native_on"]
+    assert by_name["nvfp4"]["bits_per_element"] == 4.5
+    out = shown(capsys, "formats")
+    assert all(name in out for name in FORMATS)
+
+
+def test_formats_shows_every_code(capsys: Capture) -> None:
+    values = answer(capsys, "formats", "fp4")["values"]
+    assert [v["value"] for v in values] == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    out = shown(capsys, "formats", "float8_e4m3fn", "--codes")
+    assert "7e         448" in out
+    assert len(answer(capsys, "formats", "float8_e5m2")["values"]) == 256
+    assert len(answer(capsys, "formats", "bfloat16", "--codes")["values"]) == 65536
+    assert answer(capsys, "formats", "bfloat16")["values"] == []
+
+
+def test_csv_has_every_key(capsys: Capture) -> None:
+    for words in (["formats"], ["hardware", "list"]):
+        assert main([*words, "--csv"]) == 0
+        captured = capsys.readouterr()
+        rows = list(csv.DictReader(io.StringIO(captured.out)))
+        assert len(rows) == len(answer(capsys, *words)["rows"])
+        assert "name" in rows[0]
+        assert "trust" in captured.err or "NAME" in captured.err or "Native" in captured.err
+
+
+def test_formats_ranks_on_data(capsys: Capture, tmp_path: Path) -> None:
+    rows = answer(capsys, "formats", "--data", "normal")["rows"]
+    db = {row["format"]: float(row["sqnr_db"]) for row in rows}
+    assert list(db.values()) == sorted(db.values(), reverse=True)
+    assert db["float32"] == math.inf
+    assert db["float8_e4m3fn"] > db["nvfp4"] > db["mxfp4_e2m1"] > db["luq_fp4"]
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=1000))
+    assert "keeps this data best" in " ".join(shown(capsys, "formats", "--data", str(tmp_path / "x.npy")).split())
+    for content, error in ((np.array([1.0, np.nan]), "NaN"), (np.array(["a"]), "no array of numbers")):
+        np.save(tmp_path / "x.npy", content)
+        assert error in refused(capsys, "formats", "--data", str(tmp_path / "x.npy"))[0]
+    (tmp_path / "x.npy").write_bytes(b"no numbers")
+    assert "cannot be read" in refused(capsys, "formats", "--data", str(tmp_path / "x.npy"))[0]
+
+
+def test_formats_compares_with_qtorch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emulation import compare
+
+    def made_up(fmt: NumberFormat) -> compare.QtorchDifferences:
+        fmt.to_qtorch()
+        return compare.QtorchDifferences(
+            format=fmt.name,
+            count=65536,
+            by_cause={"NaN": 254, "tie": 3},
+            examples={"NaN": (), "tie": ((1.0, 2.0, 3.0),)},
+        )
+
+    monkeypatch.setattr(compare, "qtorch_differences", made_up)  # the real one compiles for a minute
+    rows = answer(capsys, "formats", "--compare", "qtorch")["rows"]
+    assert "float8_e4m3fn" in {row["format"] for row in rows}
+    assert "float8_e4m3fnuz" not in {row["format"] for row in rows}
+    assert rows[0]["differing"] == 257
+    assert "254" in shown(capsys, "formats", "--compare", "qtorch")
+    assert "--compare" in refused(capsys, "formats", "--compare", "torch")[0]
+
+
+# --- hardware
+
+
+def test_hardware_list_and_show(capsys: Capture) -> None:
+    rows = answer(capsys, "hardware", "list")["rows"]
+    assert [row["name"] for row in rows] == list_profiles()
+    assert {"a100", "h100", "h200", "b200", "mi300x"} <= set(list_profiles())
+    out = shown(capsys, "hardware", "list")
+    assert all(name in out for name in list_profiles())
+    facts = answer(capsys, "hardware", "show", "H100")
+    assert facts["name"] == "h100"
+    assert all(row["status"] for row in facts["numbers"])
+    assert main(["hardware", "show", "h100"]) == 0
+    assert "published" in capsys.readouterr().out
+
+
+def test_hardware_check(capsys: Capture, tmp_path: Path) -> None:
+    assert "no problem found" in shown(capsys, "hardware", "check", "h100", "b200")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("extends: h100\nlaunch_s: {value: -1, status: published, source: AIC}\nmemry: {}\n")
+    found = answer(capsys, "hardware", "check", str(bad), code=1)
+    lines = [problem["line"] for problem in found["problems"]]
+    assert 2 in lines
+    assert 3 in lines
+    assert main(["hardware", "check", str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert f"{bad}:3: " in out
+    assert "memory" in out
+
+
+def test_hardware_validate(capsys: Capture, tmp_path: Path) -> None:
+    table = tmp_path / "measured.csv"
+    lines = ["device,gemm_dtype,m,n,k,latency_us"]
+    for m in (128, 1024, 8192):
+        lines += [f"h100_sxm,bfloat16,{m},4096,4096,{m / 20 + 10}", f"h100_sxm,fp8,{m},4096,4096,{m / 40 + 15}"]
+        lines.append(f"a100_sxm,bfloat16,{m},4096,4096,{m}")
+    table.write_text("\n".join(lines) + "\n")
+    rows = answer(capsys, "hardware", "validate", "h100", "--data", str(table))["rows"]
+    assert [(row["format"], row["n"]) for row in rows] == [("bfloat16", 3), ("fp8", 3)]
+    for row in rows:
+        assert row["mape_percent"] >= 0
+        assert row["rank_correlation"] == pytest.approx(1)
+        assert row["roofline_mape_percent"] > 0
+    assert "furthest off" in shown(capsys, "hardware", "validate", "h100", "--data", str(table))
+    table.write_text("\n".join(lines).replace("fp8", "fp9"))
+    error, hint = refused(capsys, "hardware", "validate", "h100", "--data", str(table))
+    assert "measured.csv:3: " in error
+    assert "fp8" in hint
+
+
+# --- estimate
+
+
+def test_estimate_json(capsys: Capture) -> None:
+    data = answer(capsys, *ESTIMATE, "--format", "fp8,nvfp4")
+    rows = data["rows"]
+    assert [(r["hardware"], r["format"]) for r in rows] == [
+        (h, f) for h in ("h100", "b200") for f in ("float8_e4m3fn", "nvfp4")
+    ]
+    for row in rows:
+        keys = {"basis", "step_s", "speedup", "energy_joules", "peak_memory_bytes", "bound", "native", "phases"}
+        assert keys <= set(row)
+        assert sum(row["phases"].values()) == pytest.approx(row["step_s"])
+        assert sum(row["layers"].values()) == pytest.approx(row["step_s"])
+        assert row["speedup"] == pytest.approx(row["baseline_step_s"] / row["step_s"])
+        assert row["bound"] in ("compute", "memory", "launch")
+        assert row["max_speedup"] >= row["speedup"] * (1 - 1e-9)
+        assert row["fits"]
+    by_key = {(r["hardware"], r["format"]): r for r in rows}
+    assert by_key["h100", "float8_e4m3fn"]["native"]
+    assert not by_key["h100", "nvfp4"]["native"]
+    assert by_key["h100", "nvfp4"]["falls_back_to"] == "bfloat16"
+
+
+def test_estimate_table_marks_the_fastest_and_says_how_far_to_trust_it(capsys: Capture) -> None:
+    out = shown(capsys, *ESTIMATE, "--format", "fp8,nvfp4", "--basis", "peak")
+    rows = answer(capsys, *ESTIMATE, "--format", "fp8,nvfp4", "--basis", "peak")["rows"]
+    best = min(rows, key=lambda r: r["step_s"])
+    marked = next(line for line in out.splitlines() if line.startswith("*"))
+    assert best["hardware"] in marked
+    assert best["format"] in marked
+    assert f"Fastest: {best['hardware']} with {best['format']}" in out
+    assert "upper bound" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("by", ["layer", "phase"])
+def test_estimate_parts_add_up(capsys: Capture, by: str) -> None:
+    capsys.readouterr()
+    assert main([*ESTIMATE, "--format", "fp8", "--by", by, "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    for hardware in ("h100", "b200"):
+        own = [row for row in rows if row["hardware"] == hardware]
+        total = next(row for row in own if row[by] == "total")
+        for key in ("step_s", "baseline_s", "share"):
+            assert sum(float(row[key]) for row in own if row is not total) == pytest.approx(float(total[key]))
+    shown(capsys, *ESTIMATE, "--format", "fp8", "--by", by)
+
+
+def test_estimate_fraction_and_target(capsys: Capture) -> None:
+    quantized = [answer(capsys, *ESTIMATE, "--format", "fp8", "--fraction", f)["rows"][0] for f in ("0", "0.5", "1")]
+    assert [row["quantized"] for row in quantized] == [0, round(0.5 * quantized[2]["quantizable"]), 21]
+    assert quantized[0]["speedup"] == pytest.approx(1)
+    most = answer(capsys, *ESTIMATE, "--format", "fp8", "--basis", "peak")["rows"][0]["max_speedup"]
+    target = str((1 + most) / 2)
+    reached = answer(capsys, *ESTIMATE, "--format", "fp8", "--basis", "peak", "--target-speedup", target)["rows"][0]
+    assert reached["reached"]
+    assert float(target) <= reached["speedup"]
+    assert 0 < reached["quantized"] < 21
+    missed = answer(capsys, *ESTIMATE, "--format", "fp8", "--target-speedup", "50", code=1)["rows"]
+    assert [row["reached"] for row in missed] == [False, False]
+
+
+def test_estimate_explains(capsys: Capture) -> None:
+    out = " ".join(shown(capsys, *ESTIMATE, "--format", "nvfp4", "--explain").split())
+    assert "h100, nvfp4: mostly bound by" in out
+    assert "h100 computes nvfp4 in bfloat16" in out
+    assert "would help" in out
+
+
+def test_estimate_largest_batch_is_the_largest_that_fits(capsys: Capture) -> None:
+    row = answer(capsys, *ESTIMATE, "--format", "fp8")["rows"][0]
+    words = ["estimate", "--model", "resnet18", "--input", "3x32x32", "--hardware", "h100", "--format", "fp8"]
+    at = [answer(capsys, *words, "--batch-size", str(row["largest_batch"] + d))["rows"][0] for d in (0, 1)]
+    assert [r["fits"] for r in at] == [True, False]
+    assert "fits into the memory of none" in shown(capsys, *words, "--batch-size", str(row["largest_batch"] + 1))
+
+
+def test_estimate_price_and_power(capsys: Capture) -> None:
+    rows = answer(capsys, *ESTIMATE, "--format", "fp8", "--price", "h100=3.6")["rows"]
+    assert rows[0]["usd_per_million_examples"] == pytest.approx(0.001 * rows[0]["step_s"] / 64 * 1e6)
+    assert rows[1]["usd_per_million_examples"] is None
+    rows = answer(capsys, "estimate", "--model", "digits_cnn", "--max-power", "400")["rows"]
+    assert rows
+    assert all(row["power_limit_w"] <= 400 for row in rows)
+    assert [row["step_s"] for row in rows] == sorted(row["step_s"] for row in rows)
+
+
+def test_estimate_own_model(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from torch import nn\ndef net(width=8):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, width))\n"
+    (tmp_path / "own_models.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    words = ["estimate", "--model", "own_models:net", "--input", "3x4", "--hardware", "h100", "--format", "fp8"]
+    assert main([*words, "--model-option", "width=16", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "importing own_models and calling net(width=16)" in captured.err
+    assert json.loads(captured.out)["rows"][0]["quantizable"] == 1
+
+
+# --- privacy
+
+
+def test_privacy_of_a_plan(capsys: Capture) -> None:
+    plan = answer(capsys, "privacy", "digits")
+    keys = {"epsilon", "delta", "accountant", "noise_multiplier", "sample_rate", "steps", "analysis"}
+    assert keys <= set(plan)
+    assert set(plan["analysis"]) == {"noise_multiplier", "sample_rate", "steps"}
+    assert plan["analysis"]["steps"] > 0
+    assert plan["target_epsilon"] - 0.2 < plan["epsilon"] <= plan["target_epsilon"]
+    assert plan["epsilon_analysis_alone"] < plan["epsilon_training_alone"] < plan["epsilon"]
+    out = shown(capsys, "privacy", "digits")
+    assert "adding or removing one example" in " ".join(out.split())
+
+
+def test_privacy_overrides_and_options(capsys: Capture) -> None:
+    words = ["--accountant", "rdp", "--noise-multiplier", "1.5"]
+    one, two = (answer(capsys, "privacy", "digits", *words, "--epochs", n) for n in ("1", "2"))
+    assert two["steps"] == 2 * one["steps"]
+    assert two["epsilon"] > one["epsilon"]
+    options = ["--dataset-size", "50000", "--batch-size", "1000", "--epochs", "10", "--delta", "1e-5"]
+    plain = answer(capsys, "privacy", *options, "--accountant", "rdp", "--noise-multiplier", "1")
+    assert (plain["sample_rate"], plain["steps"], plain["analysis"]["steps"]) == (0.02, 500, 0)
+    solved = answer(capsys, "privacy", *options, "--accountant", "rdp", "--target-epsilon", str(plain["epsilon"]))
+    assert solved["noise_multiplier"] == pytest.approx(1, abs=2e-3)
+    assert "--delta" in refused(capsys, "privacy", *options[:6])[1]
+    assert "larger" in refused(capsys, "privacy", "--dataset-size", "5", *options[2:], "--target-epsilon", "1")[0]
+
+
+# --- train and report
+
+CONFIG = """\
+model: {{name: digits_cnn}}
+data: {{name: npz, root: {root}}}
+hardware: {{profile: b200, basis: peak}}
+format: luq_fp4
+schedule: {{scheduler: pls, fraction: 0.5}}
+training: {{epochs: 2, batch_size: 8, dataset_size: 32, learning_rate: 0.5, max_grad_norm: 1.0}}
+privacy: {{noise_multiplier: 1.0, target_delta: 1e-3, accountant: rdp}}
+seed: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run, trained through the command line."""
+    folder = tmp_path_factory.mktemp("train")
+    config = write_config(folder)
+    assert main(["train", str(config), "--out", str(folder / "run"), "--quiet"]) == 0
+    return folder / "run"
+
+
+def write_config(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (40, 8, 8), dtype=np.uint8), np.arange(40) % 10
+    np.savez(folder / "d.npz", x_train=images[:32], y_train=labels[:32], x_test=images[32:], y_test=labels[:8])
+    (folder / "tiny.yaml").write_text(CONFIG.format(root=folder / "d.npz"))
+    return folder / "tiny.yaml"
+
+
+def test_train_leaves_a_run_that_report_reads(capsys: Capture, trained: Path) -> None:
+    run = load_run(trained)
+    assert [record.epoch for record in run.records] == [1, 2]
+    assert all(len(record.quantized) == round(len(run.facts.layers) / 2) for record in run.records)
+    data = answer(capsys, "report", str(trained))["runs"][0]
+    assert data["summary"]["finished"]
+    assert [r["epsilon"] for r in data["records"]] == [r.epsilon for r in run.records]
+    out = shown(capsys, "report", str(trained))
+    assert "Schedule: layers by epoch" in out
+    assert "Poisson" in out
+    side = shown(capsys, "report", str(trained), str(trained))
+    assert "+0.0" in side
+    capsys.readouterr()
+    assert main(["report", str(trained), "--csv"]) == 0
+    assert len(list(csv.DictReader(io.StringIO(capsys.readouterr().out)))) == 2
+
+
+def test_train_refuses_before_anything_is_written(capsys: Capture, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    for words, error in (
+        (["--hardware", "h10"], "h10"),
+        (["--format", "fp5"], "fp5"),
+        (["--target-speedup", "40"], "out of reach"),
+        (["--epochs", "0"], "epochs"),
+        (["--data-root", str(tmp_path / "none")], "does not exist"),
+        (["--target-epsilon", "-1"], "target_epsilon"),
+    ):
+        assert error in refused(capsys, "train", str(config), "--out", str(tmp_path / "run"), *words)[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_folder_in_use(capsys: Capture, trained: Path) -> None:
+    error, hint = refused(capsys, "train", str(trained.parent / "tiny.yaml"), "--out", str(trained))
+    assert "not empty" in error
+    assert "--resume" in hint
+
+
+def test_interrupted_training_can_be_resumed(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
+) -> None:
+    from dpquant import train as loop
+
+    whole = loop.train
+
+    def stopped(*args: Any) -> Any:
+        yield next(iter(whole(*args)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", stopped)
+    config, path = write_config(tmp_path), tmp_path / "run"
+    assert main(["train", str(config), "--out", str(path)]) == 130
+    assert f"dpquant train --resume {path}" in capsys.readouterr().err
+    assert len(load_run(path).records) == 1
+    monkeypatch.setattr(loop, "train", whole)
+    done = answer(capsys, "train", "--resume", str(path))
+    assert done["summary"]["finished"]
+    same = ("quantized", "test_accuracy", "test_loss", "epsilon", "speedup")
+    for ours, theirs in zip(load_run(path).records, load_run(trained).records, strict=True):
+        assert [getattr(ours, key) for key in same] == [getattr(theirs, key) for key in same]
+
+
+def test_privacy_of_a_run(capsys: Capture, trained: Path) -> None:
+    spent = answer(capsys, "privacy", str(trained))
+    assert spent["epsilon"] == pytest.approx(load_run(trained).records[-1].epsilon)
+    assert "has spent epsilon" in shown(capsys, "privacy", str(trained))
