@@ -53,7 +53,9 @@ class Tape:
         found = list(self.leaves)
         for record in self.layers:
             layer = record.layer
-            if record.weight is not None:
+            if isinstance(record.weight, Tensor):
+                found.append(DenseGradient(parameter=layer.weight, values=record.weight))  # type: ignore[arg-type]
+            elif record.weight is not None:
                 found.append(GemmGradient(parameter=layer.weight, operands=record.weight))  # type: ignore[arg-type]
             if record.bias is not None:
                 found.append(DenseGradient(parameter=layer.bias, values=record.bias))  # type: ignore[arg-type]
@@ -219,8 +221,7 @@ def _grad_samples(layer: QuantizedLayer, activations: list[Tensor], backprops: T
     draw = layer.replay.pop() if layer.replay else layer.rounding.draw()
     samples: dict[nn.Parameter, Tensor] = {}
     if layer.weight.requires_grad:
-        operands = layer.requantize(activations[0], backprops, draw)
-        samples[layer.weight] = operands.per_example()  # type: ignore[index]
+        samples[layer.weight] = layer.example_gradients(activations[0], backprops, draw)  # type: ignore[index]
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = gemms.position_sums(backprops, gemms.geometry(layer))  # type: ignore[index]
     return samples

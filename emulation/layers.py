@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from emulation import gemms
+from emulation import gemms, unit_gemms
 from emulation.codec import derive_keys
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format
@@ -114,13 +114,14 @@ class LayerGradient:
 
     Attributes:
         layer: the layer.
-        weight: the operands of the weight gradient, as they were quantized; None where the weight is frozen.
+        weight: the operands of the weight gradient, as they were quantized; every example's gradient [B, *weight.shape]
+            itself where a matrix unit accumulated it; None where the weight is frozen.
         bias: every example's bias gradient [B, out], summed over positions from the output gradient before it is
             quantized (no GEMM reads it); None without a trainable bias.
     """
 
     layer: QuantizedLayer
-    weight: WeightGradient | None
+    weight: WeightGradient | Tensor | None
     bias: Tensor | None
 
 
@@ -131,41 +132,53 @@ class _ThreeGemms(torch.autograd.Function):
         conv = gemms.geometry(layer)
         ctx.layer, ctx.draw, ctx.precision, ctx.conv = layer, draw, precision, conv
         ctx.tape = layer.tape if layer.training else None
+        ctx.unit = unit = layer.unit if precision is not None else "float32"
+        keys = _Keys(layer, draw)
         if precision is None:
             xq, wq = x, weight
-        else:
-            xq, wq = precision.output_operands(x, weight, conv, _Keys(layer, draw))
-        if precision is not None and precision.blocks:  # each GEMM quantizes these along its own axis
-            ctx.save_for_backward(x, weight, weight)
-        else:
-            ctx.save_for_backward(xq, wq, weight)
+        elif unit == "float32":
+            xq, wq = precision.output_operands(x, weight, conv, keys)
+        # where each GEMM quantizes along its own axis the operands themselves are kept
+        own_axes = precision is not None and (precision.blocks or unit != "float32")
+        ctx.save_for_backward(*((x, weight) if own_axes else (xq, wq)), weight)
+        if precision is not None and unit != "float32":
+            return unit_gemms.output(precision, unit, x, weight, bias, conv, keys)
         return gemms.output(xq, wq, bias, conv)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_output,) = grads
         x, operand, weight = (t.detach() for t in ctx.saved_tensors)
-        layer, precision, conv = ctx.layer, ctx.precision, ctx.conv
+        precision, conv, keys = ctx.precision, ctx.conv, _Keys(ctx.layer, ctx.draw)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        keys = _Keys(layer, ctx.draw)
-        own_axes = precision is not None and precision.blocks
-        gq = grad_output
-        if precision is not None and (needs_input or not own_axes):
-            gq = precision.gradient(grad_output, conv, keys)
-            if own_axes:
-                operand = precision.grad_input_weight(weight, conv, keys)
-        gradient = None
-        if needs_weight and own_axes:
-            gradient = precision.weight_gradient(x, grad_output, weight, conv, keys)
-        elif needs_weight:
-            gradient = WeightGradient(weight=weight, x=x, grad_output=gq, conv=conv)
-        grad_x = gemms.grad_input(gq, operand, x, conv) if needs_input else None
+        plain = WeightGradient(weight=weight, x=x, grad_output=grad_output, conv=conv)
+        grad_x: Tensor | None = None
+        gradient: WeightGradient | Tensor | None = None
+        if precision is not None and ctx.unit != "float32":
+            if needs_input:
+                grad_x = unit_gemms.grad_input(precision, ctx.unit, grad_output, weight, x, conv, keys)
+            if needs_weight:
+                gradient = unit_gemms.example_gradients(precision, ctx.unit, plain, keys)
+        else:
+            own_axes = precision is not None and precision.blocks
+            gq = grad_output
+            if precision is not None and (needs_input or not own_axes):
+                gq = precision.gradient(grad_output, conv, keys)
+                if own_axes:
+                    operand = precision.grad_input_weight(weight, conv, keys)
+            if needs_weight and own_axes:
+                gradient = precision.weight_gradient(x, grad_output, weight, conv, keys)
+            elif needs_weight:
+                gradient = replace(plain, grad_output=gq)
+            if needs_input:
+                grad_x = gemms.grad_input(gq, operand, x, conv)
         bias = gemms.position_sums(grad_output, conv) if needs_bias else None
         if ctx.tape is not None:
             # private training throws the batch gradient away: it is never computed
-            ctx.tape.append(LayerGradient(layer=layer, weight=gradient, bias=bias))
+            ctx.tape.append(LayerGradient(layer=ctx.layer, weight=gradient, bias=bias))
             return grad_x, None, None, None, None
-        grad_w = None if gradient is None else gradient.total()
+        total = gradient.total() if isinstance(gradient, WeightGradient) else gradient
+        grad_w = total.sum(0) if isinstance(gradient, Tensor) and total is not None else total
         return grad_x, grad_w, None if bias is None else bias.sum(0), None, None
 
 
@@ -181,6 +194,7 @@ class QuantizedLayer(nn.Module):
         rounding: the model's rounding keys.
         index: the layer's number, part of its rounding keys.
         preset: what a plan that only names the layer quantizes it to.
+        unit: the matrix unit whose accumulation its quantized GEMMs have; ``float32``: torch's own.
     """
 
     precision: LayerPrecision | None
@@ -190,6 +204,7 @@ class QuantizedLayer(nn.Module):
     rounding: RoundingKeys
     index: int
     preset: LayerPrecision
+    unit: str
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; with ``precision`` None and no tape exactly the stock layer's."""
@@ -208,20 +223,27 @@ class QuantizedLayer(nn.Module):
             self.replay.append(draw)
         return _ThreeGemms.apply(gemms.pad_input(self, x), self.weight, self.bias, self, draw)  # type: ignore[no-any-return]
 
-    def requantize(self, x: Tensor, grad_output: Tensor, draw: Draw) -> WeightGradient:
-        """The weight gradient's operands from the layer's own input and output gradient, quantized with known bits."""
-        conv = gemms.geometry(self)
-        x = gemms.pad_input(self, x)
-        if self.precision is None or not x.shape[0]:
-            return WeightGradient(weight=self.weight, x=x, grad_output=grad_output, conv=conv)  # type: ignore[arg-type]
-        keys = _Keys(self, draw)
-        return self.precision.weight_gradient(x, grad_output, self.weight, conv, keys)  # type: ignore[arg-type]
+    def example_gradients(self, x: Tensor, grad_output: Tensor, draw: Draw) -> Tensor:
+        """Every example's weight gradient from the layer's own input and output gradient, quantized with known bits."""
+        plain = WeightGradient(
+            weight=self.weight.detach(),  # type: ignore[operator]
+            x=gemms.pad_input(self, x),
+            grad_output=grad_output,
+            conv=gemms.geometry(self),
+        )
+        precision, keys = self.precision, _Keys(self, draw)
+        if precision is None or not len(x):
+            return plain.per_example()
+        if self.unit != "float32":
+            return unit_gemms.example_gradients(precision, self.unit, plain, keys)
+        return precision.weight_gradient(plain.x, grad_output, plain.weight, plain.conv, keys).per_example()
 
     def set_precision(self, precision: LayerPrecision | None) -> None:
         """Switches the layer's quantizers.
 
         Raises:
-            InputError: the layer trains privately and ``precision`` lets examples mix.
+            InputError: the layer trains privately and ``precision`` lets examples mix; or its matrix unit has no
+                arithmetic for it.
         """
         if self.private and precision is not None and precision.mixes_examples:
             raise InputError(
@@ -229,6 +251,8 @@ class QuantizedLayer(nn.Module):
                 "does not bound what one example changes",
                 hint="use granularity 'example', or 'block' inside one example, for input and grad_output",
             )
+        if precision is not None and self.unit != "float32":
+            unit_gemms.check_unit(precision, self.unit)
         self.precision = precision
 
 
@@ -257,7 +281,9 @@ _QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def quantize_model(module: nn.Module, preset: str | Format | LayerPrecision = "luq_fp4") -> nn.Module:
+def quantize_model(
+    module: nn.Module, preset: str | Format | LayerPrecision = "luq_fp4", *, unit: str = "float32"
+) -> nn.Module:
     """Replaces every ``nn.Linear`` and ``nn.Conv1d/2d/3d`` inside ``module`` by its quantized twin, all switched off.
 
     In place, and idempotent: parameters, hooks and names stay the same objects, so optimizers, checkpoints and state
@@ -266,14 +292,18 @@ def quantize_model(module: nn.Module, preset: str | Format | LayerPrecision = "l
     Args:
         module: any model.
         preset: what :func:`set_plan` uses for layers that a plan only names.
+        unit: matrix unit (``hopper``, ``blackwell``, ...) whose accumulation all quantized GEMMs have, bit for bit and
+            slowly; ``float32``: torch's own.
 
     Returns:
         ``module`` (its twin, where it is itself such a layer).
 
     Raises:
-        InputError: unknown preset or format.
+        InputError: unknown preset, format or unit, or a unit that has no arithmetic for the preset.
     """
     precision = layer_precision(preset)
+    if unit != "float32":
+        unit_gemms.check_unit(precision, unit)
     twins: dict[nn.Module, QuantizedLayer] = {}
     present = quantizable_layers(module)
     rounding = next(iter(present.values())).rounding if present else RoundingKeys()
@@ -281,11 +311,11 @@ def quantize_model(module: nn.Module, preset: str | Format | LayerPrecision = "l
 
     def twin(layer: nn.Module) -> nn.Module:
         if isinstance(layer, QuantizedLayer):
-            layer.preset = precision
+            layer.preset, layer.unit = precision, unit
             return layer
         if type(layer) in _QUANTIZED:
             if layer not in twins:
-                twins[layer] = _twin(layer, precision, rounding, next(indices))
+                twins[layer] = _twin(layer, precision, unit, rounding, next(indices))
             return twins[layer]
         if not isinstance(layer, nn.MultiheadAttention):  # its projections are used as raw weights
             for name, child in layer._modules.items():  # named_children() gives a shared child once only
@@ -296,12 +326,12 @@ def quantize_model(module: nn.Module, preset: str | Format | LayerPrecision = "l
     return twin(module)
 
 
-def _twin(layer: nn.Module, preset: LayerPrecision, rounding: RoundingKeys, index: int) -> QuantizedLayer:
+def _twin(layer: nn.Module, preset: LayerPrecision, unit: str, rounding: RoundingKeys, index: int) -> QuantizedLayer:
     cls = _QUANTIZED[type(layer)]
     new = cls.__new__(cls)
     new.__dict__ = layer.__dict__  # the same parameters and hooks, not copies
     new.precision = new.tape = new.replay = None
-    new.private, new.rounding, new.index, new.preset = False, rounding, index, preset
+    new.private, new.rounding, new.index, new.preset, new.unit = False, rounding, index, preset, unit
     return new
 
 

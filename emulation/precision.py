@@ -67,18 +67,19 @@ class LayerPrecision:
     ) -> tuple[Tensor, Tensor]:
         """(x, weight) as the ``output`` GEMM reads them."""
         xq = _along_features(self.input, X_OUTPUT, x, conv, keys)
-        return xq, self.weight.fake_quantize(weight, keys=keys(self.weight, W_OUTPUT, weight), axis=1)
+        w = by_group(weight, conv) if self.blocks else weight
+        wq = self.weight.fake_quantize(w, keys=keys(self.weight, W_OUTPUT, w), axis=2 if self.blocks else 1)
+        return xq, wq.reshape(weight.shape)
 
     def gradient(self, grad_output: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
         """The output gradient as the ``grad_input`` GEMM reads it."""
         return _along_features(self.grad_output, G_INPUT, grad_output, conv, keys)
 
     def grad_input_weight(self, weight: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
-        """The weight as the ``grad_input`` GEMM reads it, with blocks along the output features of one group."""
-        groups = 1 if conv is None else conv.groups
-        grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        wq = self.weight.fake_quantize(grouped, keys=keys(self.weight, W_INPUT, grouped), axis=1)
-        return wq.reshape(weight.shape)
+        """The weight as the ``grad_input`` GEMM reads it; blocks that are not square run along the output features."""
+        role, axis = (W_OUTPUT, 2) if self.weight.square_blocks else (W_INPUT, 1)
+        w = by_group(weight, conv)
+        return self.weight.fake_quantize(w, keys=keys(self.weight, role, w), axis=axis).reshape(weight.shape)
 
     def weight_gradient(
         self, x: Tensor, grad_output: Tensor, weight: Tensor, conv: ConvGeometry | None, keys: Keys
@@ -101,6 +102,12 @@ class LayerPrecision:
         )
 
 
+def by_group(weight: Tensor, conv: ConvGeometry | None) -> Tensor:
+    """[groups, out / groups, in / groups, *kernel]: blocks never cross from one group to the next."""
+    groups = 1 if conv is None else conv.groups
+    return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+
 def _along_features(quantizer: Quantizer, role: int, x: Tensor, conv: ConvGeometry | None, keys: Keys) -> Tensor:
     """Quantizes with blocks along the features: the last dimension, or the channels of one group."""
     if conv is None or conv.groups == 1:
@@ -118,7 +125,7 @@ def _along_tokens(quantizer: Quantizer, role: int, x: Tensor, conv: ConvGeometry
 
 def _rotated_rows(quantizer: Quantizer, role: int, rows: Tensor, unit: tuple[int, int], keys: Keys) -> Tensor:
     """Rotates and quantizes [examples * groups, T, features] along T; ``unit`` is (examples, groups)."""
-    rotated = _rotate(rows)
+    rotated = rotate(rows)
     by_example = rotated.reshape(*unit, *rotated.shape[1:])
     return quantizer.fake_quantize(by_example, keys=keys(quantizer, role, by_example), axis=2).reshape(rotated.shape)
 
@@ -132,7 +139,7 @@ def _rotation(like: Tensor) -> Tensor:
     return signs.unsqueeze(1) * h / 4
 
 
-def _rotate(matrices: Tensor) -> Tensor:
+def rotate(matrices: Tensor) -> Tensor:
     """[N, T, features] -> [N, T padded with zeros to a multiple of 16, features], each 16 rows rotated."""
     padded = F.pad(matrices, (0, 0, 0, -matrices.shape[1] % TILE))
     tiles = padded.unflatten(1, (-1, TILE))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from emulation import gemms
 from emulation.errors import InputError
 from emulation.formats import FORMATS
-from emulation.precision import PRESETS, TILE, LayerPrecision, _rotate, _rotation, layer_precision
+from emulation.precision import PRESETS, TILE, LayerPrecision, _rotation, layer_precision, rotate
 from emulation.quantizer import Quantizer
 
 
@@ -113,13 +113,31 @@ def test_one_term_needs_no_reduction_axis() -> None:
     assert torch.equal(found.grad_output, precision.gradient(g, None, keys))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(40, 24), nn.Conv2d(40, 24, 3, groups=2)])
+def test_square_weight_blocks_serve_both_gemms(layer: nn.Module) -> None:
+    precision, conv = PRESETS["nvfp4"], gemms.geometry(layer)
+    weight = layer.weight.detach()
+    x = torch.zeros(1, 40, *weight.shape[2:])
+    assert torch.equal(
+        precision.output_operands(x, weight, conv, keys)[1], precision.grad_input_weight(weight, conv, keys)
+    )
+    if conv is None:  # 16 x 16: an outlier reaches the rows of its tile and no others
+        weight = weight.clone()
+        weight[:TILE, :TILE] *= 0.1
+        before = precision.grad_input_weight(weight, conv, keys)
+        weight[0, 0] = weight.abs().max()  # the scale above the blocks stays
+        changed = (precision.grad_input_weight(weight, conv, keys) != before).nonzero()
+        assert changed[:, 0].max() > 0
+        assert changed.max() < TILE
+
+
 def test_the_rotation_is_orthogonal_and_cancels() -> None:
     h = _rotation(torch.zeros(1, dtype=torch.float64))
     torch.testing.assert_close(h @ h.t(), torch.eye(TILE, dtype=torch.float64))
     assert set(h.abs().flatten().tolist()) == {0.25}
     x, g = torch.randn(2, 21, 5, dtype=torch.float64), torch.randn(2, 21, 3, dtype=torch.float64)
-    assert _rotate(x).shape == (2, 32, 5)
-    torch.testing.assert_close(_rotate(g).transpose(1, 2) @ _rotate(x), g.transpose(1, 2) @ x)
+    assert rotate(x).shape == (2, 32, 5)
+    torch.testing.assert_close(rotate(g).transpose(1, 2) @ rotate(x), g.transpose(1, 2) @ x)
 
 
 def test_rotated_weight_gradient_is_near_the_true_one() -> None:
