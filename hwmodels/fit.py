@@ -192,7 +192,7 @@ def fit_rows(
     free = [name for name in free if name != "fixed_s" or fixed_s is None]
     some = rows.where(np.random.default_rng(1).permutation(len(rows))[:900])
     best = math.inf
-    for _ in range(4):
+    for _ in range(min(4, len(TILES))):
         trials = []
         for tile in TILES:
             if tile not in kernel.tiles:

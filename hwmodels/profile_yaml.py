@@ -106,7 +106,7 @@ PROFILE = Fields(
             entries={
                 "capacity_bytes": _sourced("usable capacity", 1e9, 1e13, _BYTES_HINT),
                 "bandwidth_bytes_per_s": _sourced(
-                    "peak bandwidth", 1e10, 1e14, "bytes per second: 3.35 TB/s is 3.35e12"
+                    "peak bandwidth", 1e9, 1e14, "bytes per second: 3.35 TB/s is 3.35e12"
                 ),
             },
         ),
