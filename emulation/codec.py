@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from emulation import native
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format, NumberFormat, scalar_format
 from emulation.random_bits import derive_keys as derive_keys
@@ -19,8 +20,8 @@ from emulation.rounding import OVERFLOWS, ROUNDINGS, Overflow, Rounding, on_grid
 CHUNK = 1 << 17
 """Elements worked on at a time on the CPU: temporaries stay in cache; fresh memory costs more than arithmetic."""
 
-Backend = Literal["exact", "qtorch"]
-BACKENDS: tuple[Backend, ...] = ("exact", "qtorch")
+Backend = Literal["exact", "torch", "qtorch"]
+BACKENDS: tuple[Backend, ...] = ("exact", "torch", "qtorch")
 
 _FLOATS = {torch.float16: (10, -14, 15), torch.bfloat16: (7, -126, 127), torch.float32: (23, -126, 127)}
 
@@ -53,8 +54,10 @@ def round_to(
         random_bits: how many random bits a stochastic rounding uses (hardware: 8); None: as many as matter.
         keys: instead of a generator: int64 [B], one per index of dim 0, the index then counting inside it; or 0-d.
         out: receives the result; the shape, dtype and device of ``x``.
-        backend: ``exact``, or ``qtorch``: qtorch's own kernels, which compile at first use and are not bit-exact; their
-            nearest rounding has ties away from zero, overflow saturates, random bits cannot be seeded.
+        backend: ``exact``: the fastest of those with the same bits: C on the CPU (it compiles at first use, in
+            seconds), else torch's operations; ``torch``: those alone; ``qtorch``: qtorch's own kernels, which compile
+            at first use and are not bit-exact: ties of nearest go away from zero, overflow saturates, random bits
+            cannot be seeded.
 
     Returns:
         Same shape, dtype and strides as ``x``. Its gradient is passed straight through.
@@ -74,33 +77,52 @@ def round_to(
     if torch.is_grad_enabled() and x.requires_grad:
         if out is not None:
             raise InputError("out= with an x that requires a gradient", hint="leave out= away, or use torch.no_grad()")
-        rounded = round_to(x.detach(), number, rounding, overflow, None, random_bits=random_bits, keys=key)
+        rounded = _round(x.detach(), number, rounding, overflow, key, random_bits, backend, None)
         return straight_through(x, rounded)
-    if not number.has_nan and is_concrete(x) and x.numel() and bool(x.amax().isnan()):
-        raise InputError(f"NaN in x, and format {number.name!r} has none", hint="remove it first, or use a Quantizer")
     if not x.numel():
         return x.clone() if out is None else out
+    return _round(x, number, rounding, overflow, key, random_bits, backend, out)
 
-    def kernel(part: Tensor, noise: Tensor | None) -> Tensor:
-        wide = part if part.dtype in (torch.float32, torch.float64) else part.float()
-        return on_grid(wide, number, rounding, overflow, noise, random_bits).to(part.dtype)
 
-    source = x.contiguous()
-    result = out if out is not None and out.is_contiguous() else None
-    shape = (len(x), -1) if key is not None and key.dim() else (-1,)
-    flat = source.reshape(shape)
-    for where, noise in pieces(source, tuple(flat.shape), key):
-        part = kernel(flat[where], noise)
-        if not where and result is None:
-            result = part.view(x.shape)
-            break
-        if result is None:
-            result = torch.empty_like(source)
-        result.view(shape)[where] = part
-    assert result is not None
+def _round(
+    x: Tensor,
+    fmt: NumberFormat,
+    rounding: Rounding,
+    overflow: Overflow,
+    key: Tensor | None,
+    random_bits: int | None,
+    backend: Backend,
+    out: Tensor | None,
+) -> Tensor:
+    if x.dtype in (torch.float16, torch.bfloat16):
+        rounded = _round(x.float(), fmt, rounding, overflow, key, random_bits, backend, None).to(x.dtype)
+        return rounded if out is None else out.copy_(rounded)
+    refuse_nan = not fmt.has_nan and is_concrete(x)
+    source = x.detach().contiguous()
+    target = out if out is not None and out.is_contiguous() and not (refuse_nan and out is x) else None
+    done, nan_seen = False, None
+    if backend == "exact" and in_c(source):
+        target = torch.empty_like(source) if target is None else target
+        nan_seen = native.round_flat(source, target, fmt, rounding, overflow, key, random_bits)
+        done = nan_seen is not None
+    if not done:
+        nan_seen = refuse_nan and bool(source.amax().isnan())
+    if refuse_nan and nan_seen:
+        raise InputError(f"NaN in x, and format {fmt.name!r} has none", hint="remove it first, or use a Quantizer")
+    if not done:
+        shape = (len(x), -1) if key is not None and key.dim() else (-1,)
+        flat = source.view(shape)
+        for where, noise in pieces(source, tuple(flat.shape), key):
+            part = on_grid(flat[where], fmt, rounding, overflow, noise, random_bits)
+            if not where and target is None:  # the only piece
+                target = part.view(x.shape)
+                break
+            target = torch.empty_like(source) if target is None else target
+            target.view(shape)[where] = part
+    assert target is not None
     if out is not None:
-        return out if result is out else out.copy_(result)
-    return result if source is x else torch.empty_like(x).copy_(result)
+        return out if target is out else out.copy_(target)
+    return target if source.stride() == x.stride() else torch.empty_like(x).copy_(target)
 
 
 def encode(
@@ -263,6 +285,11 @@ def is_concrete(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type == "meta":
         return False
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def in_c(x: Tensor) -> bool:
+    """Whether quantize.c can read ``x``."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and is_concrete(x)
 
 
 def pieces(x: Tensor, shape: tuple[int, ...], keys: Tensor | None) -> Iterator[tuple[tuple[slice, ...], Tensor | None]]:

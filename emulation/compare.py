@@ -88,7 +88,7 @@ def _error(x: Tensor, quantizer: Quantizer) -> FormatError:
 def _decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if 0 < signal and math.isfinite(noise) else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
 
 
 def sample_data(distribution: str, count: int = 1_000_000, seed: int = 0) -> Tensor:

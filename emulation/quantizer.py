@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from emulation import native
 from emulation.blocks import ScaleLayout, expanded, piece
 from emulation.codec import (
     Backend,
@@ -17,6 +19,7 @@ from emulation.codec import (
     check_rounding,
     codes_of,
     decode,
+    in_c,
     pieces,
     rounding_keys,
     straight_through,
@@ -226,10 +229,20 @@ class Quantizer:
         self, x: Tensor, key: Tensor | None, axis: int, out: Tensor | None, masked: bool
     ) -> tuple[Tensor, Tensor | None]:
         check_input(x, _float32(), out)
+        x = x.detach()
         if not x.numel():
             return (x.clone() if out is None else out), (torch.ones_like(x, dtype=torch.bool) if masked else None)
         layout = self._layout(x, axis, key)
         wide = x.float().contiguous()
+        if self.backend == "exact" and not masked and in_c(wide):
+            buffer = out if out is not None and out.is_contiguous() and out.dtype == wide.dtype else None
+            buffer = torch.empty_like(wide) if buffer is None else buffer
+            if self._in_c(wide, buffer, layout, key):
+                if out is not None:
+                    return (out if buffer is out else out.copy_(buffer)), None
+                return (buffer if buffer.stride() == x.stride() else torch.empty_like(x).copy_(buffer)).to(
+                    x.dtype
+                ), None
         source = wide.view(layout.view)
         scales = self._scales(wide, layout)
         mask = torch.empty_like(source, dtype=torch.bool) if masked else None
@@ -255,6 +268,29 @@ class Quantizer:
         elif not x.is_contiguous():
             result = torch.empty_like(x).copy_(result)
         return result, None if mask is None else mask.view(x.shape)
+
+    def _in_c(self, x: Tensor, out: Tensor, layout: ScaleLayout, key: Tensor | None) -> bool:
+        """Quantizes in one pass of C; False where the layout or a rule is not one of C's."""
+        rule, count = self.scale_rule, x.numel()
+        assert rule is not None
+        rounding = (self.rounding, key, self.random_bits)
+        if rule == "none" or (not layout.block_axes and layout.kept == () and self.scale_format.name == "float32"):
+            seen = native.round_flat(x, out, self.element, self.rounding, self._overflow, key, self.random_bits, rule)
+            return seen is not None
+        if layout.kept not in ((), (0,)) or len(layout.block_axes) > 1:
+            return False
+        units, shape = (layout.shape[0] if layout.kept else 1), layout.shape
+        if layout.block_axes:
+            axis, size = layout.block_axes[0], layout.block_size
+            seen_as = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+            if units > 1 and axis == 0:
+                return False
+        else:
+            size = count // units
+            seen_as = (units, size, 1)
+        return native.quantize_blocks(
+            x, out, self.element, self.scale_format, rule, *rounding, shape=seen_as, size=size, units=units
+        )
 
     def _rounded(
         self, x: Tensor, scales: _Scales, where: tuple[slice, ...], noise: Tensor | None

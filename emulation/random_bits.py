@@ -73,7 +73,7 @@ def hash_bits(products: Tensor, keys: Tensor, offset: int = 0) -> Tensor:
     Returns:
         int32 of the broadcast shape; indices count modulo 2^32.
     """
-    keys = _splitmix(keys)  # keys that users count up by one, or in the upper half alone, must not look alike
+    keys = _splitmix(keys)  # those that differ in a few bits must not give bits that look alike
     low = ((keys << 32) >> 32).to(torch.int32) + _signed(offset * _GOLDEN, 32)
     high = (keys >> 32).to(torch.int32)
     h = _xor_shift(products + low, 16, 32) * _signed(_LOWBIAS[0], 32)

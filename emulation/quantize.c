@@ -1,0 +1,306 @@
+/* Scaling, rounding and scaling back in one pass: the same IEEE operations, in the same order, as rounding.py and
+ * scales.py do with torch, so the same bits. Compile without contraction and without unsafe math. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { MAGIC, BITS, INTEGER, IDENTITY };              /* how a format is rounded to: see rounding.py */
+enum { NONE, MAX, POW2, FLOOR, RCEIL, NVFP4 };        /* scale rules */
+
+typedef struct {
+    float low, high;        /* what is clamped to before rounding */
+    float max_value;        /* the largest element; beyond it, special */
+    float special;
+    float min_normal;
+    float inverse_max;      /* 1 / max_value, rounded */
+    float full;             /* max_value times the largest block scale */
+    int32_t kind, stochastic, rule;
+    int32_t mantissa_bits, min_exponent, max_exponent;
+    int32_t draw_bits;      /* random bits that a rounding sees */
+    int32_t keeps_sign;     /* whether -0 is a value */
+} Format;
+
+static inline float as_float(uint32_t b) { float f; memcpy(&f, &b, 4); return f; }
+static inline uint32_t as_bits(float f) { uint32_t b; memcpy(&b, &f, 4); return b; }
+
+/* As hash_bits() of random_bits.py: SplitMix64 of the key, lowbias32 of index and key. */
+static inline uint64_t mix(uint64_t z) {
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+static inline uint32_t hash(uint32_t index, uint32_t low, uint32_t high) {
+    uint32_t h = index * 0x9E3779B9u + low;
+    h = (h ^ (h >> 16)) * 0x7FEB352Du;
+    h ^= high;
+    h = (h ^ (h >> 15)) * 0x846CA68Bu;
+    return h ^ (h >> 16);
+}
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* One element, already scaled. KIND and STOCHASTIC are constants where this is inlined. */
+INLINE float rounded(float s, const Format *f, const int kind, const int stochastic, uint32_t noise) {
+    float a = s > f->high ? f->high : s; /* NaN passes */
+    a = a < f->low ? f->low : a;
+    if (kind == INTEGER) {
+        if (!stochastic) return rintf(a) + 0.0f;
+        const float steps = as_float((uint32_t)(f->draw_bits + 127) << 23);
+        const float below = floorf(a);
+        const float draw = (float)(int32_t)(noise & ((1u << f->draw_bits) - 1));
+        return below + (floorf((a - below) * steps) + draw >= steps ? 1.0f : 0.0f) + 0.0f;
+    }
+    if (kind == IDENTITY) return a;
+    const int shift = 23 - f->mantissa_bits;
+    const uint32_t sign = as_bits(s) & 0x80000000u;
+    const float zero = f->keeps_sign ? -0.0f : 0.0f;
+    float q;
+    if (kind == MAGIC && !stochastic) {
+        const int32_t smallest = (f->min_exponent + 127) << 23;
+        int32_t p = (int32_t)(as_bits(a) & 0x7F800000u);
+        p = p < smallest ? smallest : p;
+        const int32_t even = f->mantissa_bits ? 0 : ((p >> 23) + f->min_exponent + 127) & 1;
+        const float c = as_float((uint32_t)p + ((uint32_t)shift << 23) + (1u << 22) + (uint32_t)even);
+        q = (a + c) - c;
+        q = fabsf(q) > f->max_value ? f->special : q;
+        return as_float(as_bits(q) | (f->keeps_sign ? sign : 0u));
+    }
+    const float m = fabsf(a);
+    const uint32_t mask = ~((1u << shift) - 1);
+    uint32_t dither;
+    if (stochastic)
+        dither = (noise & (uint32_t)((1ull << f->draw_bits) - 1)) << (shift - f->draw_bits);
+    else
+        dither = ((as_bits(m) >> shift) & 1u) + ((1u << (shift - 1)) - 1);
+    const float lift = kind == MAGIC && m < f->min_normal ? f->min_normal : 0.0f;
+    q = as_float((as_bits(m + lift) + dither) & mask) - lift;
+    q = q > f->max_value ? f->special : q;
+    q = as_float(as_bits(q) | sign) + zero;
+    return s != s ? s : q;
+}
+
+/* n elements that share a scale (or, with many, have one each). Whether there was a NaN. */
+INLINE int run(const float *x, float *out, int64_t n, const Format *f, const float *scale, const float *factor,
+                float unit, uint32_t low, uint32_t high, uint32_t index, const int kind, const int stochastic,
+                const int divide, const int many) {
+    const Format g = *f;
+    const float scale0 = *scale, factor0 = *factor;
+    int nan = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const float s = divide ? x[i] / (many ? scale[i] : scale0) : x[i] * (many ? factor[i] : factor0);
+        const uint32_t noise = stochastic ? hash(index + (uint32_t)i, low, high) : 0u;
+        nan |= s != s;
+        out[i] = rounded(s, &g, kind, stochastic, noise) * (many ? scale[i] : scale0) * unit;
+    }
+    return nan;
+}
+
+#define VARIANT(K, S, D, M)                                                                                        \
+    if (f->kind == K && f->stochastic == S && divide == D && many == M)                                            \
+        return run(x, out, n, f, scale, factor, unit, low, high, index, K, S, D, M);
+#define VARIANTS(K, M) VARIANT(K, 0, 0, M) VARIANT(K, 1, 0, M) VARIANT(K, 0, 1, M) VARIANT(K, 1, 1, M)
+
+static int part(const float *x, float *out, int64_t n, const Format *f, const float *scale, const float *factor,
+                float unit, uint32_t low, uint32_t high, uint32_t index, int divide, int many) {
+    VARIANTS(MAGIC, 0) VARIANTS(BITS, 0) VARIANTS(INTEGER, 0) VARIANTS(IDENTITY, 0)
+    VARIANTS(MAGIC, 1) VARIANTS(BITS, 1) VARIANTS(INTEGER, 1) VARIANTS(IDENTITY, 1)
+    return 0;
+}
+
+/* Elements of which each per_key share a key; the index counts inside them. */
+static int keyed(const float *x, float *out, int64_t first, int64_t n, const Format *f, const float *scale,
+                 const float *factor, float unit, const uint64_t *keys, int64_t per_key, int divide, int many) {
+    if (!f->stochastic) return part(x, out, n, f, scale, factor, unit, 0, 0, 0, divide, many);
+    int64_t done = 0;
+    int nan = 0;
+    while (done < n) {
+        const int64_t at = first + done, inside = at % per_key;
+        const int64_t count = n - done < per_key - inside ? n - done : per_key - inside;
+        const uint64_t key = mix(keys[at / per_key]);
+        nan |= part(x + done, out + done, count, f, many ? scale + done : scale, many ? factor + done : factor, unit,
+                    (uint32_t)key, (uint32_t)(key >> 32), (uint32_t)inside, divide, many);
+        done += count;
+    }
+    return nan;
+}
+
+/* The bits of the largest magnitude: those of a NaN or an infinity, if there is one, are above all numbers'. */
+INLINE int32_t top_bits(const float *x, int64_t n) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t b = (int32_t)(as_bits(x[i]) & 0x7FFFFFFFu);
+        top = b > top ? b : top;
+    }
+    return top;
+}
+
+/* Of each of the parts first..last of x, of size elements. */
+void largest(const float *x, int64_t first, int64_t last, int64_t size, int32_t *tops) {
+    for (int64_t i = first; i < last; i++) tops[i] = top_bits(x + i * size, size);
+}
+
+INLINE float power_of_two(float amax, const Format *f, const int rule) {
+    const uint32_t top = as_bits(f->max_value);
+    if (rule == RCEIL) amax = amax * f->inverse_max;
+    const uint32_t bits = as_bits(amax), mantissa = bits & 0x7FFFFFu;
+    int32_t exponent = (int32_t)(bits >> 23), field;
+    if (rule == FLOOR) {
+        field = exponent - f->max_exponent;
+    } else if (rule == RCEIL) {
+        field = exponent + (mantissa > (exponent == 0 ? 0x400000u : 0u));
+    } else {
+        const int subnormal = exponent == 0;
+        exponent = subnormal ? 1 : exponent;
+        field = exponent - ((int32_t)(top >> 23) - 127) + (!subnormal & (mantissa > (top & 0x7FFFFFu)));
+        field = field < 1 ? 1 : field;
+        field = amax == 0.0f ? 127 : field;
+    }
+    field = field < 0 ? 0 : field > 254 ? 254 : field;
+    return as_float(field == 0 ? 0x400000u : (uint32_t)field << 23);
+}
+
+INLINE void scales_by(const int32_t *tops, int64_t n, float unit_amax, const Format *f, const Format *block_format,
+                      float *scale, float *factor, const int rule) {
+    const Format g = *f, b = *block_format;
+    float encode = g.full / unit_amax;
+    encode = encode > 3.40282347e38f ? 3.40282347e38f : encode;
+    encode = unit_amax == 0.0f ? 1.0f : encode;
+    encode = unit_amax < INFINITY ? encode : NAN;
+    const float decode = 1.0f / encode, encode_by_max = encode * g.inverse_max;
+    for (int64_t i = 0; i < n; i++) {
+        const float amax = as_float((uint32_t)tops[i]);
+        if (rule == NVFP4) {
+            const float s = rounded(amax * encode_by_max, &b, MAGIC, 0, 0u), e = 1.0f / (s * decode);
+            scale[i] = s;
+            factor[i] = e > 3.40282347e38f ? 3.40282347e38f : e;
+            continue;
+        }
+        float s;
+        if (rule == MAX) {
+            s = amax / g.max_value;
+            s = s < 1.17549435e-38f ? 1.17549435e-38f : s;
+            s = amax == 0.0f ? 1.0f : s;
+        } else {
+            s = power_of_two(amax, &g, rule);
+        }
+        s = amax < INFINITY ? s : NAN;
+        scale[i] = s;
+        factor[i] = 1.0f / s; /* exact for powers of two; not used for MAX */
+    }
+}
+
+/* Scales and factors of n blocks from the bits of their largest magnitudes; unit_amax is of the unit above, for NVFP4. */
+static void scales(const int32_t *tops, int64_t n, float unit_amax, const Format *f, const Format *block_format,
+                   float *scale, float *factor) {
+    switch (f->rule) {
+    case MAX: scales_by(tops, n, unit_amax, f, block_format, scale, factor, MAX); break;
+    case POW2: scales_by(tops, n, unit_amax, f, block_format, scale, factor, POW2); break;
+    case FLOOR: scales_by(tops, n, unit_amax, f, block_format, scale, factor, FLOOR); break;
+    case RCEIL: scales_by(tops, n, unit_amax, f, block_format, scale, factor, RCEIL); break;
+    case NVFP4: scales_by(tops, n, unit_amax, f, block_format, scale, factor, NVFP4); break;
+    default:
+        for (int64_t i = 0; i < n; i++) scale[i] = factor[i] = 1.0f;
+    }
+}
+
+/* Elements first..last of x share one scale, that of amax (bits); rule NONE: scale 1. Whether there was a NaN. */
+int32_t flat(const float *x, float *out, const Format *f, int64_t first, int64_t last, int32_t amax,
+             const uint64_t *keys, int64_t per_key) {
+    float scale, factor;
+    scales(&amax, 1, 0.0f, f, f, &scale, &factor);
+    return keyed(x + first, out + first, first, last - first, f, &scale, &factor, 1.0f, keys, per_key,
+                 f->rule == MAX, 0);
+}
+
+/* Small blocks in a row, of a size that the compiler knows. */
+INLINE void small(const float *x, float *out, int64_t n, const int64_t size, const Format *f, const float *scale,
+                  const float *factor, float unit) {
+    for (int64_t i = 0; i < n; i++) {
+        const float *from = x + i * size;
+        float *to = out + i * size;
+        if (f->rule == MAX) run(from, to, size, f, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 1, 0);
+        else run(from, to, size, f, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 0, 0);
+    }
+}
+
+INLINE void small_stochastic(const float *x, float *out, int64_t n, const int64_t size, const Format *f,
+                             const float *scale, const float *factor, float unit, uint64_t key, int64_t index) {
+    const uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
+    for (int64_t i = 0; i < n; i++)
+        run(x + i * size, out + i * size, size, f, scale + i, factor + i, unit, low, high,
+            (uint32_t)(index + i * size), MAGIC, 1, 0, 0);
+}
+
+#define BATCH 64
+#define CACHED 8192
+
+/* Blocks first..last of x [lines, length, inner], of size elements along each line (the last of a line may be short).
+ * unit_amax (bits) of every blocks_per_unit, for NVFP4. */
+void blocks(const float *x, float *out, const Format *f, const Format *block_format, int64_t first, int64_t last,
+            int64_t length, int64_t size, int64_t inner, const int32_t *unit_amax, int64_t blocks_per_unit,
+            const uint64_t *keys, int64_t per_key) {
+    const int divide = f->rule == MAX;
+    const int64_t per_line = (length + size - 1) / size;
+    const int64_t at_once = size >= CACHED ? 1 : CACHED / size < BATCH ? CACHED / size : BATCH;
+    int32_t tops[BATCH];
+    float scale[BATCH], factor[BATCH];
+    for (int64_t r = first; r < last;) {
+        const int64_t line = r / per_line, in_line = r % per_line;
+        const float above = f->rule == NVFP4 ? as_float((uint32_t)unit_amax[r / blocks_per_unit]) : 0.0f;
+        float unit = above == 0.0f ? 1.0f : above / f->full;
+        unit = f->rule != NVFP4 ? 1.0f : above < INFINITY ? unit : NAN;
+        const int64_t start = (line * length + in_line * size) * inner;
+        const int64_t left = length - in_line * size;
+        if (inner == 1) {
+            /* whole blocks of one line, or, where lines have no short block, of one unit */
+            int64_t n = left / size;
+            if (length % size == 0) {
+                const int64_t of_unit = blocks_per_unit - r % blocks_per_unit;
+                n = f->rule == NVFP4 ? of_unit : last - r;
+            }
+            n = n < last - r ? n : last - r;
+            n = n < at_once ? n : at_once;
+            const int64_t width = n ? size : left, count = n ? n : 1;
+            if (size == 16 && n) for (int64_t i = 0; i < n; i++) tops[i] = top_bits(x + start + i * 16, 16);
+            else if (size == 32 && n) for (int64_t i = 0; i < n; i++) tops[i] = top_bits(x + start + i * 32, 32);
+            else for (int64_t i = 0; i < count; i++) tops[i] = top_bits(x + start + i * width, width);
+            scales(tops, count, above, f, block_format, scale, factor);
+            const int one_key = start / per_key == (start + count * width - 1) / per_key;
+            if (f->kind == MAGIC && !f->stochastic && n && size == 16)
+                small(x + start, out + start, n, 16, f, scale, factor, unit);
+            else if (f->kind == MAGIC && !f->stochastic && n && size == 32)
+                small(x + start, out + start, n, 32, f, scale, factor, unit);
+            else if (f->kind == MAGIC && f->stochastic && n && !divide && one_key && (size == 16 || size == 32)) {
+                const uint64_t key = mix(keys[start / per_key]);
+                if (size == 16)
+                    small_stochastic(x + start, out + start, n, 16, f, scale, factor, unit, key, start % per_key);
+                else
+                    small_stochastic(x + start, out + start, n, 32, f, scale, factor, unit, key, start % per_key);
+            } else
+                for (int64_t i = 0; i < count; i++)
+                    keyed(x + start + i * width, out + start + i * width, start + i * width, width, f, scale + i,
+                          factor + i, unit, keys, per_key, divide, 0);
+            r += count;
+            continue;
+        }
+        const int64_t rows = left < size ? left : size;
+        for (int64_t c = 0; c < inner; c += BATCH) {
+            const int64_t width = inner - c < BATCH ? inner - c : BATCH;
+            memset(tops, 0, sizeof tops);
+            for (int64_t j = 0; j < rows; j++)
+                for (int64_t i = 0; i < width; i++) {
+                    const int32_t b = (int32_t)(as_bits(x[start + j * inner + c + i]) & 0x7FFFFFFFu);
+                    tops[i] = b > tops[i] ? b : tops[i];
+                }
+            scales(tops, width, above, f, block_format, scale, factor);
+            for (int64_t j = 0; j < rows; j++) {
+                const int64_t at = start + j * inner + c;
+                keyed(x + at, out + at, at, width, f, scale, factor, unit, keys, per_key, divide, 1);
+            }
+        }
+        r++;
+    }
+}
