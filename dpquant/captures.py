@@ -43,6 +43,7 @@ class Tape:
         self.batch_size: int | None = None
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._handles: list[RemovableHandle] = []
+        self._recording: list[QuantizedLayer] = []
 
     def combined(self) -> list[Contribution]:
         """One contribution per parameter, in its cheapest form.
@@ -87,10 +88,13 @@ class Tape:
         self.batch_size = None
 
     def close(self) -> None:
-        """Removes the hooks of stock layers; quantized layers are released by setting their ``tape`` to None."""
+        """Takes every layer off the tape."""
         for handle in self._handles:
             handle.remove()
+        for layer in self._recording:
+            layer.tape = None
         self._handles.clear()
+        self._recording.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -123,6 +127,7 @@ def attach(module: nn.Module) -> Tape:
     for layer in module.modules():
         if isinstance(layer, QuantizedLayer):
             layer.tape = tape.layers
+            tape._recording.append(layer)
         elif _own_parameters(layer):
             tape._handles.append(layer.register_forward_hook(tape._capture))
     module.private_tape = tape  # type: ignore[assignment]

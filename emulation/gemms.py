@@ -197,7 +197,11 @@ class WeightGradient:
         return patches(self.x, self.conv).transpose(1, 2), self.grad_output.reshape(n * g, out, t).transpose(1, 2)
 
     def squared_norms(self) -> Tensor:
-        """[B], without forming the gradients: |X^T G|^2 is the sum of (X X^T) * (G G^T) over pairs of positions."""
+        """[B], without forming the gradients: |X^T G|^2 is the sum of (X X^T) * (G G^T) over pairs of positions.
+
+        Where an example's positions cancel, rounding could make that sum too small. What rounding can amount to is
+        added, so that clipping by these norms never bounds too little: relative 2 T eps where positions are unrelated.
+        """
         n, conv = self.batch_size, self.conv
         if self.rows or conv is None:
             x, g = self.matrices()
@@ -207,7 +211,9 @@ class WeightGradient:
         if self.reduction == 1:
             return (x.square().sum((1, 2)) * g.square().sum((1, 2))).reshape(n, -1).sum(1)
         product = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-        return product.reshape(n, -1).sum(1).clamp_min_(0)
+        magnitude = product.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().sum(1)  # sum of |x_t| |g_t| bounds all pairs
+        bounds = product.sum((1, 2)).clamp_min_(0) + 2 * torch.finfo(product.dtype).eps * magnitude.square()
+        return bounds.reshape(n, -1).sum(1)
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""

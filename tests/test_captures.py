@@ -102,11 +102,12 @@ def test_norms_are_not_taken_twice() -> None:
 
 
 def test_closing_removes_the_hooks() -> None:
-    net = nn.Sequential(nn.Linear(3, 2))
+    net = nn.Sequential(quantize_model(nn.Linear(3, 3)), nn.LayerNorm(3))
     tape = attach(net)
     tape.close()
     net(torch.randn(4, 3)).sum().backward()
     assert tape.combined() == []
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_attaching_again_replaces_the_tape() -> None:

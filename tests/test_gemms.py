@@ -110,6 +110,20 @@ def test_no_examples(layer: nn.Module) -> None:
     assert not gradient.total().any()
 
 
+def test_norms_are_not_too_small_where_positions_cancel() -> None:
+    """Ten thousand times as much cancels as remains: plain Gram sums in float32 lose the remainder."""
+    torch.manual_seed(0)
+    t, k, o = 16, 300, 300
+    x, g = torch.randn(8, t, k), torch.randn(8, t, o)
+    x[:, 1::2] = -x[:, ::2] * (1 + 1e-4)
+    g[:, 1::2] = g[:, ::2]
+    gradient = WeightGradient(weight=torch.zeros(o, k), x=x, grad_output=g, conv=None)
+    true = gradient.per_example().double().flatten(1).square().sum(1)
+    plain = ((x @ x.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2))
+    assert (plain.double() < true * 0.99).any(), "the trap is there"
+    assert (gradient.squared_norms().double() >= true).all()
+
+
 def test_dropping_an_example_drops_its_nan() -> None:
     x = torch.ones(2, 3)
     x[1] = float("nan")
