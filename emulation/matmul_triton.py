@@ -151,7 +151,7 @@ def _cut_sum(
     return total.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "n", "length"))  # one compilation for all shapes
 def _chained(
     a, b, ae, be, sa, sb, out, m, n, length,
     GROUP: tl.constexpr, FRACTION_BITS: tl.constexpr, RESULT_BITS: tl.constexpr, RUN: tl.constexpr,
@@ -220,7 +220,7 @@ def _chained(
     tl.store(out + own_i[:, None] * n + own_j[None, :], result, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "n", "length"))
 def _block_scaled(
     a, b, sa, sb, out, m, n, length,
     GROUP: tl.constexpr, FRACTION_BITS: tl.constexpr, RESULT_BITS: tl.constexpr, BLOCK: tl.constexpr,
