@@ -10,11 +10,11 @@ import numpy as np
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import get_format
-from hwmodels.dpsgd import PHASE, PHASES, StepOptions
 from hwmodels.gemm_arrays import Array
 from hwmodels.memory import peak_memory_bytes
 from hwmodels.pricing import BOUNDS, HOST_S, LAUNCH, PriceList, Pricer
 from hwmodels.profile import BASES, Basis, HardwareProfile
+from hwmodels.step import PHASE, PHASES, StepOptions
 from hwmodels.workload import Workload
 
 
@@ -33,7 +33,7 @@ class Estimate:
         peak_memory_bytes: parameters, gradients, optimizer state, what is kept for the backward pass and for clipping.
         bound: what most of the time goes to: ``compute``, ``memory`` or ``launch``.
         native: every format of the plan is one the chip's matrix unit takes.
-        phases: seconds per phase (``hwmodels.dpsgd.PHASES``).
+        phases: seconds per phase (``hwmodels.step.PHASES``).
         layers: seconds per layer.
         notes: formats timed as another or fallen back from, memory exceeded, and what the trace could not count.
     """

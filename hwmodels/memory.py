@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hwmodels.dpsgd import GRADIENT_BYTES, OPTIMIZER_STATES, StepOptions, norm_is_ghost
+from hwmodels.dpsgd import forms_gradients, keeps_gradients
 from hwmodels.profile import stored_bytes
+from hwmodels.step import GRADIENT_BYTES, OPTIMIZER_STATES, StepOptions
 from hwmodels.workload import LayerWork, Workload
 
 
@@ -80,15 +81,14 @@ def _unquantized(workload: Workload, options: StepOptions) -> _Unquantized:
         fixed += (workload.parameters + workload.frozen_parameters) * width
     per_example = width * sum(saved.elements for saved in workload.saved if saved.batched)
     fixed += width * sum(saved.elements for saved in workload.saved if not saved.batched)
-    keeps_outputs = options.private and options.clipping == "bookkeeping"
-    outputs = {layer.name: _output_elements(layer) if keeps_outputs else 0.0 for layer in workload.layers}
+    outputs = {layer.name: _kept_outputs(layer, options) for layer in workload.layers}
     if options.private:
         if options.eager:  # the noise of all parameters before it is added
             fixed += workload.parameters * GRADIENT_BYTES
         per_example += max((_norm_workspace(layer, options) for layer in workload.layers), default=0.0)
-        per_example += width * sum(outputs.values())
-        if options.clipping == "hooks":
-            per_example += workload.parameters * GRADIENT_BYTES
+        per_example += width * sum(outputs.values()) + GRADIENT_BYTES * sum(
+            _kept_gradients(layer, options) for layer in workload.layers
+        )
     return _Unquantized(
         footprint=Footprint(fixed_bytes=fixed, example_bytes=per_example),
         inputs={name: sum(p.input_elements for p in workload.by_name[name].products) for name in quantizable},
@@ -101,11 +101,20 @@ def _unquantized(workload: Workload, options: StepOptions) -> _Unquantized:
     )
 
 
-def _output_elements(layer: LayerWork) -> float:
-    """Elements per example of the output gradients of a layer with parameters."""
-    if not layer.parameters:
+def _kept_gradients(layer: LayerWork, options: StepOptions) -> int:
+    """Elements per example of the weight gradients that are materialised and kept."""
+    if options.clipping == "hooks":
+        return layer.parameters
+    weighted = [p for p in layer.products if p.weighted and p.grad_weight]
+    return sum(p.weight_elements for p in weighted if keeps_gradients(p, options))
+
+
+def _kept_outputs(layer: LayerWork, options: StepOptions) -> float:
+    """Elements per example of the output gradients that book-keeping keeps of a layer with parameters."""
+    if not (options.private and options.clipping == "bookkeeping" and layer.parameters):
         return 0.0
-    elements = float(sum(p.output_elements for p in layer.products if p.weighted))
+    weighted = [p for p in layer.products if p.weighted and p.grad_weight]
+    elements = float(sum(p.output_elements for p in weighted if not keeps_gradients(p, options)))
     if layer.kind == "norm":
         elements += sum(p.fused_forward for p in layer.passes) / 2
     return elements + layer.looked_up
@@ -113,13 +122,14 @@ def _output_elements(layer: LayerWork) -> float:
 
 def _norm_workspace(layer: LayerWork, options: StepOptions) -> float:
     """Bytes per example while one layer's norms are taken; none where a fused kernel adds up squares."""
-    if not options.eager or options.clipping == "hooks":
+    if not options.eager:
         return 0.0
-    largest = 0
+    width, largest = stored_bytes(options.baseline), 0.0
     for product in (p for p in layer.products if p.weighted and p.grad_weight):
-        if norm_is_ghost(product, options.clipping):
-            elements = 2 * product.rows**2 * product.groups if product.rows > 1 else 0
+        unfolded = product.unfolded_elements if product.unfolded_elements != product.input_elements else 0
+        if not forms_gradients(product, options):
+            gram = 2 * product.rows**2 * product.groups if product.rows > 1 else 0
         else:
-            elements = product.weight_elements
-        largest = max(largest, elements)
-    return float(largest * GRADIENT_BYTES)
+            gram = 0 if keeps_gradients(product, options) else product.weight_elements
+        largest = max(largest, gram * GRADIENT_BYTES + unfolded * width)
+    return largest

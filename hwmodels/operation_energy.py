@@ -21,8 +21,9 @@ import numpy as np
 from emulation.errors import InputError, suggestion
 from emulation.formats import BlockFormat, get_format
 from hwmodels.cost import step_options
-from hwmodels.dpsgd import PHASES, demand
+from hwmodels.dpsgd import demand
 from hwmodels.profile import stored_bytes
+from hwmodels.step import PHASES
 from hwmodels.workload import Workload
 
 PICO = 1e-12

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from emulation.errors import InputError
 from hwmodels.cost import StepModel
-from hwmodels.dpsgd import PHASES
+from hwmodels.step import PHASES
 
 PRODUCT_PHASES = ("forward", "grad_input", "weight_gradient", "second_backward")
 """What the formula speeds up; every other phase is its T_overhead."""

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format, get_format
 from hwmodels.cost import StepModel
-from hwmodels.dpsgd import PHASE
 from hwmodels.gemm_arrays import Array
 from hwmodels.profile import HardwareProfile
+from hwmodels.step import PHASE
 from hwmodels.workload import Workload, check_batch_size
 
 Objective = Literal["time", "energy"]

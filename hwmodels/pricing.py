@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from emulation.formats import BlockFormat, get_format
-from hwmodels.dpsgd import PHASE, Demand, StepOptions, demand
+from hwmodels.dpsgd import demand
 from hwmodels.gemm import gemm_rates, kernel_of
 from hwmodels.gemm_arrays import Array, products_seconds
 from hwmodels.profile import Basis, FormatRate, HardwareProfile, stored_bytes
+from hwmodels.step import PHASE, Demand, StepOptions
 from hwmodels.workload import Workload
 
 BOUNDS = ("compute", "memory", "launch")

@@ -155,6 +155,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             grad_input=x.requires_grad,
             grad_weight=weight.requires_grad,
             batched=batched,
+            convolution=True,
         )
 
     def matmul(self, left: Tensor, right: Tensor) -> Product:

@@ -62,6 +62,7 @@ class Product:
         grad_input: the backward pass needs the gradient of the (first) activation.
         grad_weight: it needs that of the weight, or of the second activation.
         batched: runs once per example; False for a product of parameters alone.
+        convolution: an implicit GEMM.
         on_chip: the ``operand`` or ``result`` that never reaches memory: an attention kernel's scores.
     """
 
@@ -74,12 +75,18 @@ class Product:
     grad_input: bool
     grad_weight: bool
     batched: bool = True
+    convolution: bool = False
     on_chip: Literal["", "operand", "result"] = ""
 
     @property
     def weight_elements(self) -> int:
         """Elements of the weight operand (of one example's second operand where there is no weight)."""
         return self.inputs * self.outputs * self.groups
+
+    @property
+    def unfolded_elements(self) -> int:
+        """Elements of one example's first operand as a matrix: a convolution's patches, written out."""
+        return self.rows * self.inputs * self.groups
 
     @property
     def output_elements(self) -> int:
@@ -136,14 +143,14 @@ class Product:
             result_elements=0 if on_chip == "result" else None,
         )
 
-    def example_gradients(self, batch_size: int) -> Gemm:
-        """The batched GEMM of one weight gradient per example, materialised."""
+    def example_gradients(self, batch_size: int, *, unfolded: bool = False) -> Gemm:
+        """The batched GEMM of one weight gradient per example, materialised, of the input or its unfolded patches."""
         return Gemm(
             m=self.inputs,
             n=self.outputs,
             k=self.rows,
             count=self.groups * batch_size,
-            operand_elements=batch_size * self.input_elements,
+            operand_elements=None if unfolded else batch_size * self.input_elements,
         )
 
 

@@ -14,11 +14,12 @@ from toy_chip import rate, toy_chip
 from dpquant.models import build_model, example_input
 from emulation.errors import InputError
 from hwmodels.cost import Estimate, StepModel, estimate
-from hwmodels.dpsgd import CLIPPINGS, FRAMEWORKS, PHASES, StepOptions, demand, poisson_tail
+from hwmodels.dpsgd import demand, poisson_tail
 from hwmodels.gemm import gemm_rates, kernel_seconds
 from hwmodels.gemm_arrays import Products, products_seconds
 from hwmodels.memory import footprint, peak_memory_bytes
 from hwmodels.profile import load_profile
+from hwmodels.step import CLIPPINGS, FRAMEWORKS, PHASES, StepOptions
 from hwmodels.workload import Workload, trace
 
 TOY = toy_chip()
@@ -119,9 +120,30 @@ def test_convolution_by_hand() -> None:
     gram = (2 * (32 * 64 * 576) * 2 + 2 * (32 * 64 * 32) * 2) / 1e6
     gram_flops = 2 * 32 * 64 * 64 * (576 + 32)
     assert gram_flops / 100 < gram * 1e6
-    close(layer_phase(work, "1", "norm_and_clip"), gram)
+    close(layer_phase(work, "1", "norm_and_clip", clipping="mixed"), gram)
     # the 1x1 layer has T = 256: 2 T^2 > p d = 4096, so each example's gradient is made, squared and dropped
-    close(layer_phase(work, "0", "norm_and_clip"), ((32 * 64 * 256) * 2 * 2) / 1e6)
+    close(layer_phase(work, "0", "norm_and_clip", clipping="mixed"), ((32 * 64 * 256) * 2 * 2) / 1e6)
+    # book-keeping keeps those gradients, T^2 (p + d) > 128 p d, and reads them once more for the weighted sum
+    kept = 32 * 4096 * 4
+    close(layer_phase(work, "0", "weight_gradient"), ((32 * 64 * 256) * 2 * 2 + kept) / 1e6)
+    close(layer_phase(work, "0", "norm_and_clip"), 2 * kept / 1e6)
+
+
+def test_eager_convolution_by_hand() -> None:
+    work = convolution(32)
+    image, result, weight = 32 * 64 * 256, 32 * 32 * 64, 32 * 64 * 9
+    turned = 2 * 2 * (image + result)  # both activations read and written in the other layout
+    product = (image + weight + result) * 2
+    close(layer_phase(work, "1", "forward", method="sgd", framework="eager"), (turned + product) / 1e6)
+    wide = layer_phase(work, "1", "forward", method="sgd", framework="eager", baseline="float32")
+    assert wide == layer_phase(work, "1", "forward", method="sgd", baseline="float32")  # no tensor cores, no turning
+    patches = 32 * (64 * 9) * 64
+    gradients = 32 * weight * 4
+    batch = turned + (image + result) * 2 + weight * 4  # autograd's own, thrown away
+    unfold = (image + patches) * 2
+    each = (patches + result) * 2 + gradients
+    expected = batch + unfold + each + 3 * gradients
+    close(layer_phase(work, "1", "weight_gradient", clipping="hooks", framework="eager"), expected / 1e6)
 
 
 # --- against other functions
