@@ -219,7 +219,7 @@ class Quantizer:
         return self._fake_quantize(x, key, axis, out, False)[0]
 
     def _keys(self, x: Tensor, generator: torch.Generator | None, keys: Tensor | None) -> Tensor | None:
-        if self.backend == "exact":
+        if self.backend != "qtorch":
             return rounding_keys(x, self.rounding, generator, keys)
         if generator is not None or keys is not None:
             raise InputError("backend='qtorch' with generator= or keys=", hint="qtorch's random bits cannot be seeded")

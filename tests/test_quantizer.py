@@ -95,7 +95,8 @@ def test_any_quantizer_rounds_to_its_grid(
     whole = quantizer.fake_quantize(x, keys=keys)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "CHUNK", chunk)
-        assert same(quantizer.fake_quantize(x, keys=keys), whole), "pieces change nothing"
+        in_pieces = dataclasses.replace(quantizer, backend="torch")
+        assert same(in_pieces.fake_quantize(x, keys=keys), whole), "pieces change nothing"
         assert same(quantizer(x, keys=keys).dequantize(), whole)
     stored = quantizer(x, keys=keys)
     if quantizer.scale_rule == "none" or stored.unit_scale is not None:
