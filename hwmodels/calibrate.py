@@ -122,6 +122,15 @@ def calibrate(
     )
 
 
+def measurements_csv(measurements: Sequence[Measurement]) -> str:
+    """Measurements as the table that ``validate`` reads."""
+    lines = ["gemm_dtype,m,n,k,latency_us,power"]
+    for row in measurements:
+        watts = "" if row.power_w is None else f"{row.power_w:.1f}"
+        lines.append(f"{row.gemm_dtype},{row.m},{row.n},{row.k},{row.seconds * 1e6:.4f},{watts}")
+    return "\n".join(lines) + "\n"
+
+
 def _device(name: str | None) -> torch.device:
     wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

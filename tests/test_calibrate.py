@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from emulation.errors import InputError
 from hwmodels import calibrate as calibrating
 from hwmodels import measure
-from hwmodels.calibrate import calibrate
+from hwmodels.calibrate import calibrate, measurements_csv
 from hwmodels.nvml import power_meter
 from hwmodels.profile import check, load_profile
-from hwmodels.validate import validate
+from hwmodels.validate import read_measurements, validate
 
 CPU = torch.device("cpu")
 
@@ -36,10 +37,31 @@ def test_this_machines_cpu_becomes_a_profile(tmp_path: Path, monkeypatch: pytest
     assert [row["format"] for row in found.rows] == ["bfloat16"]
     assert found.rows[0]["n"] == len(found.measurements) >= 24
     assert validate(profile, found.measurements)[0]["n"] == len(found.measurements)
+    table = tmp_path / "timed.csv"
+    table.write_text(measurements_csv(found.measurements))
+    assert [row.m for row in read_measurements(table)] == [row.m for row in found.measurements]
     assert any(note.startswith("fp8: not measured") for note in found.notes)
     assert any(note.startswith("energy: not measured") for note in found.notes)
     assert seen[-1] == ("done", 1.0)
     assert all(0.0 <= fraction <= 1.0 for _, fraction in seen)
+
+
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpquant.cli import main
+
+    monkeypatch.setattr("hwmodels.fit.TILES", ((64, 64),))
+    path, table = tmp_path / "mine.yaml", tmp_path / "timed.csv"
+    words = ["hardware", "calibrate", "--device", "cpu", "--seconds", "1", "--out", str(path)]
+    assert main([*words, "--data", str(table), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["format"] == "bfloat16"
+    assert check(path) == []
+    assert len(read_measurements(table)) >= 24
+    assert main(words) == 2
+    assert "already there" in capsys.readouterr().err
+    assert main(words[:-2]) == 2
+    assert main([*words[:-1], str(tmp_path / "no" / "mine.yaml")]) == 2
 
 
 @pytest.mark.parametrize(
