@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import get_format
+from hwmodels.gemm import kernel_of, measured_kernel
 from hwmodels.gemm_arrays import Array
 from hwmodels.memory import peak_memory_bytes
 from hwmodels.pricing import BOUNDS, HOST_S, LAUNCH, PriceList, Pricer
@@ -29,6 +30,8 @@ class Estimate:
         step_s: seconds of the step; the sum of ``phases`` and of ``layers``.
         baseline_s: seconds of the same step (method, clipping, framework) with every layer in the baseline format.
         speedup: ``baseline_s / step_s``.
+        step_band_s: the step's seconds at the lower and the upper end of the calibration's error band, all products off
+            the same way; None on the peak basis, which has no error to speak of and no claim to be reached.
         energy_joules, baseline_energy_joules: of the board, idle power included; None where its power is not known.
         peak_memory_bytes: parameters, gradients, optimizer state, what is kept for the backward pass and for clipping.
         bound: what most of the time goes to: ``compute``, ``memory`` or ``launch``.
@@ -44,6 +47,7 @@ class Estimate:
     step_s: float
     baseline_s: float
     speedup: float
+    step_band_s: tuple[float, float] | None
     energy_joules: float | None
     baseline_energy_joules: float | None
     peak_memory_bytes: int
@@ -102,16 +106,15 @@ class StepModel:
         formats = set(plan.values())
         if len(formats) == 1 and len(plan) == len(self._quantizable):
             return self.prices(formats.pop())
-        seconds, bounds, kernels = base.seconds.copy(), base.bounds.copy(), base.kernels.copy()
-        joules = None if base.joules is None else base.joules.copy()
+        parts = {f.name: getattr(base, f.name) for f in fields(base)}
+        parts = {name: None if part is None else part.copy() for name, part in parts.items()}
         for format_name in formats:
             columns = [self.index[name] for name, fmt in plan.items() if fmt == format_name]
             found = self.prices(format_name)
-            seconds[:, columns], bounds[:, columns] = found.seconds[:, columns], found.bounds[:, columns]
-            kernels[columns] = found.kernels[columns]
-            if joules is not None and found.joules is not None:
-                joules[columns] = found.joules[columns]
-        return PriceList(seconds=seconds, bounds=bounds, kernels=kernels, joules=joules)
+            for name, part in parts.items():
+                if part is not None:
+                    part[..., columns] = getattr(found, name)[..., columns]
+        return PriceList(**parts)
 
     def waits(self, device_s: Array, kernels: Array) -> Array:
         """Seconds that the device waits for an eager host, spread over the layers by their kernels."""
@@ -146,6 +149,7 @@ class StepModel:
         baseline_s = float(base.seconds.sum()) + base_waits
         step_s = float(found.seconds.sum()) + float(waits.sum())
         memory = peak_memory_bytes(self.workload, formats, self.options)
+        spread = found.spread.sum(1).tolist()
         return Estimate(
             hardware=self.profile.name,
             basis=self.basis,
@@ -153,6 +157,7 @@ class StepModel:
             step_s=step_s,
             baseline_s=baseline_s,
             speedup=baseline_s / step_s,
+            step_band_s=None if self.basis == "peak" else (step_s + spread[0], step_s + spread[1]),
             energy_joules=self.joules(formats),
             baseline_energy_joules=self.joules({}),
             peak_memory_bytes=memory,
@@ -160,20 +165,33 @@ class StepModel:
             native=all(self.profile.rate(fmt).native for fmt in set(formats.values())),
             phases=dict(zip(PHASES, seconds.sum(1).tolist(), strict=True)),
             layers=dict(zip(self.names, seconds.sum(0).tolist(), strict=True)),
-            notes=self._notes(formats, memory),
+            notes=self._notes(formats, memory, int(found.outside.sum())),
         )
 
-    def _notes(self, formats: Mapping[str, str], memory: int) -> tuple[str, ...]:
-        notes = []
-        for name in dict.fromkeys((*formats.values(), get_format(self.options.baseline).name)):
-            rate = self.profile.rate(name)
+    def _notes(self, formats: Mapping[str, str], memory: int, outside: int) -> tuple[str, ...]:
+        notes, profile = [], self.profile
+        used = [
+            profile.rate(name) for name in dict.fromkeys((*formats.values(), get_format(self.options.baseline).name))
+        ]
+        for rate in used:
             if rate.falls_back_to:
-                notes.append(f"{name} falls back to {rate.falls_back_to} on {self.profile.name}: emulated at its rate")
-            elif rate.timed_as != name:
-                notes.append(f"{name} is timed as {rate.timed_as} on {self.profile.name}")
-        if memory > self.profile.memory.capacity_bytes:
-            capacity = self.profile.memory.capacity_bytes
-            notes.append(f"needs {memory / 1e9:.1f} GB of memory, {self.profile.name} has {capacity / 1e9:.1f} GB")
+                notes.append(
+                    f"{rate.format} falls back to {rate.falls_back_to} on {profile.name}: emulated at its rate"
+                )
+            elif rate.timed_as != rate.format:
+                notes.append(f"{rate.format} is timed as {rate.timed_as} on {profile.name}")
+        if memory > profile.memory.capacity_bytes:
+            capacity = profile.memory.capacity_bytes
+            notes.append(f"needs {memory / 1e9:.1f} GB of memory, {profile.name} has {capacity / 1e9:.1f} GB")
+        if self.basis == "calibrated" and profile.calibration is not None:
+            if profile.calibrated_on != profile.name:
+                notes.append(f"{profile.name} has no measurements of its own: calibrated on {profile.calibrated_on}")
+            for rate in used:
+                if not measured_kernel(rate, profile.calibration):
+                    kernel = kernel_of(rate, profile.calibration)
+                    notes.append(f"{rate.timed_as} was not measured: its own peak, efficiencies of {kernel} kernels")
+            if outside:
+                notes.append(f"{outside} products of the step have sizes outside those that the model was fitted on")
         return (*notes, *(f"not counted: {what}" for what in self.workload.uncounted))
 
 

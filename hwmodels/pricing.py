@@ -36,12 +36,16 @@ class PriceList:
         joules: [layers]; None where the chip's power is not known.
         bounds: [3, layers] the same seconds by what bounds them, in the order of ``BOUNDS``.
         kernels: [layers] launched.
+        spread: [2, layers] seconds to add for the lower and the upper end of the fitted model's band.
+        outside: [layers] products of sizes outside those that the model was fitted on.
     """
 
     seconds: Array
     joules: Array | None
     bounds: Array
     kernels: Array
+    spread: Array
+    outside: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +63,7 @@ class _Power:
 
 
 Parts = tuple[Array, ...]
-"""Seconds, seconds by bound, joules."""
+"""Seconds, seconds by bound, joules; of products, spread and outside too (see ``PriceList``)."""
 
 
 class Pricer:
@@ -85,7 +89,7 @@ class Pricer:
         key = None if rate is None else (rate.timed_as, rate.peak_flops_per_s, casts)
         if key not in self._lists:  # formats that fall back to the same one cost the same
             base = self._gemm_prices(self.baseline)
-            parts: Parts = tuple(plain + gemm for plain, gemm in zip(self._plain, base, strict=True))
+            parts: Parts = tuple(plain + gemm for plain, gemm in zip(self._plain, base[:3], strict=True)) + base[3:]
             kernels = self._kernels
             if rate is not None and casts is not None:
                 chosen, own = self.quantizable, self._gemm_prices(rate)
@@ -93,15 +97,20 @@ class Pricer:
                 difference = zip(parts, own, base, strict=True)
                 parts = tuple(part + np.where(chosen, mine - theirs, 0) for part, mine, theirs in difference)
                 parts[0][PHASE["quantization"]] += extra[0]
-                parts = parts[0], parts[1] + extra[1], parts[2] + extra[2]
+                parts = parts[0], parts[1] + extra[1], parts[2] + extra[2], *parts[3:]
                 kernels = kernels + launched
             self._lists[key] = PriceList(
-                seconds=parts[0], bounds=parts[1], kernels=kernels, joules=parts[2] if self.profile.power else None
+                seconds=parts[0],
+                bounds=parts[1],
+                kernels=kernels,
+                joules=parts[2] if self.profile.power else None,
+                spread=parts[3],
+                outside=parts[4],
             )
         return self._lists[key]
 
     def _gemm_prices(self, rate: FormatRate) -> Parts:
-        """Seconds [phases, layers], seconds by bound [3, layers] and joules [layers] of all products at a rate."""
+        """Seconds, seconds by bound, joules, spread and outside of all products at a rate."""
         width = stored_bytes(rate.falls_back_to or rate.format)
         key = (rate.timed_as, rate.peak_flops_per_s, width)
         if key not in self._gemms:
@@ -111,24 +120,33 @@ class Pricer:
             memory_s = moved / self.profile.memory.bandwidth_bytes_per_s
             if self.basis == "peak":
                 taken, launch = np.maximum(compute_s, memory_s), np.zeros(len(flops))
+                band, outside = (0.0, 0.0), np.zeros(len(flops))
             else:
-                taken, launch = self._calibrated(rate)
+                taken, launch, band, outside = self._calibrated(rate)
             power = self._power(rate)
             joules = power.joules(taken, power.per_flop * flops + power.per_byte * moved) if power else 0 * taken
             part, by_compute = taken - launch, compute_s >= memory_s
-            columns = np.stack([taken, part * by_compute, part * ~by_compute, launch, joules])
+            columns = np.stack([taken, part * by_compute, part * ~by_compute, launch, joules, outside])
             rows = columns[:, work.product] * work.repeats
-            cells = [work.gathered(row) for row in rows]
-            self._gemms[key] = cells[0], np.stack([cell.sum(0) for cell in cells[1:4]]), cells[4].sum(0)
+            seconds, *others = (work.gathered(row) for row in rows)
+            bounds, joules, outside = np.stack([cell.sum(0) for cell in others[:3]]), others[3].sum(0), others[4].sum(0)
+            spread = np.expm1(np.array(band))[:, None] * seconds.sum(0)
+            self._gemms[key] = seconds, bounds, joules, spread, outside
         return self._gemms[key]
 
-    def _calibrated(self, rate: FormatRate) -> tuple[Array, Array]:
-        """Seconds of each distinct product by the fitted model, and the fixed part of them."""
-        calibration = self.profile.calibration
+    def _calibrated(self, rate: FormatRate) -> tuple[Array, Array, tuple[float, float], Array]:
+        """Each distinct product by the fitted model: seconds, the fixed part of them, the band, which are outside."""
+        calibration, products = self.profile.calibration, self.work.products
         assert calibration is not None  # checked_basis() has refused the basis otherwise
         kernel = calibration.kernels[kernel_of(rate, calibration)]
-        taken = products_seconds(self.work.products, kernel, gemm_rates(rate, self.profile))
-        return taken, np.minimum(taken, kernel.fixed_s + kernel.wave_s)
+        taken = products_seconds(products, kernel, gemm_rates(rate, self.profile))
+        sizes = (
+            (products.m * products.batch, kernel.range_m),
+            (products.n, kernel.range_n),
+            (products.k, kernel.range_k),
+        )
+        outside = np.any([(size < low) | (size > high) for size, (low, high) in sizes], axis=0)
+        return taken, np.minimum(taken, kernel.fixed_s + kernel.wave_s), kernel.band, outside.astype(float)
 
     def _price_casts(self, rate: FormatRate, casts: Casts) -> tuple[Parts, Array]:
         """Price the quantization passes of every layer: seconds, bounds and joules [layers], and kernels [layers].

@@ -1,5 +1,6 @@
 """The cost model against arithmetic done by hand, against the profile's own GEMM times, and its laws."""
 
+import dataclasses
 import functools
 import math
 
@@ -186,7 +187,25 @@ def test_calibrated_linear_forward_pass_is_the_fitted_model() -> None:
     assert found.basis == "calibrated"
     assert found.phases["forward"] == pytest.approx(kernel_seconds(512, 2048, 1024, kernel, rates), rel=1e-9)
     assert found.phases["launch"] > 0
+    assert found.step_band_s is not None
+    low, high = found.step_band_s
+    products = found.phases["forward"] + found.phases["weight_gradient"]
+    assert low == pytest.approx(found.step_s + products * math.expm1(kernel.band[0]))
+    assert high == pytest.approx(found.step_s + products * math.expm1(kernel.band[1]))
+    assert low < found.step_s < high
+    assert not any("outside" in note for note in found.notes)
     assert found.step_s > estimate(linear(512, 1024, 2048), {}, profile, basis="peak").step_s
+
+
+def test_calibrations_say_where_they_do_not_reach() -> None:
+    profile = load_profile("a100")
+    huge = estimate(linear(2**20, 4, 4), {"0": "int8"}, profile)
+    assert any("products of the step have sizes outside" in note for note in huge.notes)
+    assert any("int8 was not measured: its own peak, efficiencies of bfloat16 kernels" in n for n in huge.notes)
+    sibling = dataclasses.replace(profile, name="a30", calibrated_on="a100")
+    found = estimate(linear(64, 64, 64), {}, sibling)
+    assert "a30 has no measurements of its own: calibrated on a100" in found.notes
+    assert estimate(linear(64, 64, 64), {}, profile, basis="peak").step_band_s is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "gpt2", "digits_cnn"])
