@@ -340,7 +340,11 @@ def audit_run(
     module, optimizer, criterion, loader = training.parts
     bank = dict(training.model.named_parameters())["weights.weight"]
 
-    def add(_: object) -> None:
+    own_hook = optimizer.step_hook
+
+    def add(stepped: object) -> None:
+        if own_hook is not None:
+            own_hook(stepped)
         assert bank.grad is not None
         scores.sub_(bank.grad[:count, 0].double())  # a canary's loss falls as its weight rises
 

@@ -121,7 +121,8 @@ def loss_differences(
             )
         return found.detach().to("cpu", torch.float64)
 
-    with _undisturbed(module), torch.no_grad():
+    with undisturbed(module), torch.no_grad():
+        module.eval()
         try:
             base = losses({})
             columns = [losses(policy) - base for policy in policies]
@@ -187,12 +188,11 @@ def _emulation_set_plan() -> Callable[[nn.Module, Policy], object]:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own flag and the global random states as before, outside."""
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Leaves every module's train/eval flag and the global random states of CPU and CUDA as they were before."""
     modes = {m: m.training for m in module.modules()}
     cuda = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
-        module.eval()
         try:
             yield
         finally:

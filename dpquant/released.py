@@ -1,0 +1,129 @@
+"""Sensitivities from what is public already: the noisy gradients that training released, and the weights themselves.
+
+No private data is read, so this costs no budget: it is post-processing. It sees what quantizing a layer's weights does
+to the loss, to second order; what quantizing its activations and gradients does, it cannot see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emulation.errors import InputError
+from emulation.gemms import geometry
+from emulation.layers import quantizable_layers
+from emulation.precision import by_group, layer_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedMoments:
+    """Averages over the noisy mean gradients that were released so far.
+
+    Attributes:
+        steps: how many were averaged.
+        mean: parameter name to their average.
+        square: parameter name to the average of their elementwise squares.
+    """
+
+    steps: int = 0
+    mean: Mapping[str, Tensor]
+    square: Mapping[str, Tensor]
+
+
+def observe(past: ReleasedMoments | None, released: Mapping[str, Tensor], horizon: int = 200) -> ReleasedMoments:
+    """The averages after one more release.
+
+    Args:
+        past: the averages before; None at the first.
+        released: parameter name to the noisy gradient, already divided by the expected batch size.
+        horizon: the plain average turns into an exponential one with this many steps of memory.
+    """
+    gradients = {name: g.detach() for name, g in released.items()}
+    if past is None:
+        return ReleasedMoments(
+            steps=1, mean={n: g.clone() for n, g in gradients.items()}, square={n: g**2 for n, g in gradients.items()}
+        )
+    share = 1 / min(past.steps + 1, horizon)
+    return ReleasedMoments(
+        steps=past.steps + 1,
+        mean={n: torch.lerp(past.mean[n], g, share) for n, g in gradients.items()},
+        square={n: torch.lerp(past.square[n], g**2, share) for n, g in gradients.items()},
+    )
+
+
+def weight_errors(module: nn.Module, format: Any) -> dict[str, Tensor]:
+    """What quantizing each layer's weight alone adds to it, by layer name; as the layer's forward quantizes it.
+
+    Args:
+        module: a model that ``quantize_model`` has prepared.
+        format: format or preset name.
+    """
+    precision = layer_precision(format)
+    # stochastic rounding has no one error; the nearest value is where it goes on average
+    quantizer = replace(precision.weight, rounding="nearest_even")
+    errors = {}
+    with torch.no_grad():
+        for name, layer in quantizable_layers(module).items():
+            weight = layer.get_parameter("weight")
+            grouped = by_group(weight, geometry(layer)) if precision.blocks else weight
+            quantized = quantizer.fake_quantize(grouped, axis=2 if precision.blocks else 1).reshape(weight.shape)
+            errors[name] = quantized - weight
+    return errors
+
+
+def loss_impacts(
+    moments: ReleasedMoments, errors: Mapping[str, Tensor], *, noise_std: float, expected_batch_size: int
+) -> dict[str, float]:
+    """The expected change of the loss when each layer's weight moves by its quantization error, to second order.
+
+    ``mean . e + 1/2 sum(F e^2)``, with F the diagonal of the empirical Fisher matrix of the clipped gradients. A
+    Poisson batch's mean gradient varies by F / expected_batch_size; what was released varies by that and by the
+    noise, whose variance is public and is taken off. Both terms are unbiased, so that a value may be negative where the
+    noise is larger than what there is to see.
+
+    Args:
+        moments: averages over at least two releases.
+        errors: layer name to its weight's error; the parameter is ``<layer>.weight``.
+        noise_std: standard deviation of the noise in each element of the mean gradients:
+            noise_multiplier * max_grad_norm / expected_batch_size.
+        expected_batch_size: of the training steps.
+
+    Returns:
+        Layer name to its estimate, in units of the loss scaled by the examples' clipping factors.
+
+    Raises:
+        InputError: fewer than two releases, or a layer without one.
+    """
+    if moments.steps < 2:
+        raise InputError(f"steps={moments.steps} released gradients are too few", hint="at least 2")
+    impacts = {}
+    for name, error in errors.items():
+        parameter = f"{name}.weight"
+        if parameter not in moments.mean:
+            raise InputError(f"layer={name!r} has released no gradient of its weight", hint="is it frozen?")
+        mean, square = moments.mean[parameter].double(), moments.square[parameter].double()
+        e = error.to(mean)
+        variance = (square - mean**2) * (moments.steps / (moments.steps - 1)) - noise_std**2
+        impacts[name] = float((mean * e).sum() + 0.5 * expected_batch_size * (variance * e**2).sum())
+    return impacts
+
+
+def combine(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Two estimates as one: the second on the first's scale, then averaged; post-processing.
+
+    Args:
+        first: sensitivities by layer; the result keeps their unit.
+        second: of the same layers, in any unit.
+    """
+
+    def spread(values: Mapping[str, float]) -> tuple[float, float]:
+        center = sum(values.values()) / len(values)
+        return center, (sum((v - center) ** 2 for v in values.values()) / len(values)) ** 0.5
+
+    (center, scale), (other_center, other_scale) = spread(first), spread(second)
+    ratio = scale / other_scale if other_scale > 0 else 0.0
+    return {name: (first[name] + center + ratio * (second[name] - other_center)) / 2 for name in first}
