@@ -69,6 +69,9 @@ SPECIFICATION = Fields(
                 "weight_decay": Number(minimum=0, required=False),
                 "max_grad_norm": Number(above=0),
                 "clipping": Text(choices=("bookkeeping", "hooks"), required=False),
+                "accumulate": Text(
+                    choices=("float32", "hardware"), doc="hardware: the profile's own matrix units", required=False
+                ),
             }
         ),
         "privacy": Fields(
@@ -134,7 +137,8 @@ class RunConfig:
         found = re.search(r"\b([a-z_]+)=", message)
         if found is None:
             return key
-        sections = [key[0], *(s for s in self.data if s != key[0])] if key else list(self.data)
+        first = [str(key[0])] if key else []
+        sections = [*first, *(s for s in self.data if s not in first)]
         for section in sections:
             if isinstance(self.data[section], dict) and found[1] in self.data[section]:
                 return (section, found[1])
@@ -154,6 +158,7 @@ _DEFAULTS: dict[str, Any] = {
         "momentum": 0.0,
         "weight_decay": 0.0,
         "clipping": "bookkeeping",
+        "accumulate": "float32",
     },
     "privacy": {"target_epsilon": None, "noise_multiplier": None, "accountant": "prv"},
     "analysis": {"interval": 2, "noise_multiplier": 2.0, "max_norm": 0.1, "expected_batch_size": 256, "decay": 0.5},

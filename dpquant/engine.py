@@ -20,9 +20,10 @@ from dpquant.streams import fresh_root, stream, stream_seed
 from emulation import layers
 from emulation.errors import InputError, suggestion
 from hwmodels import cost, planner
-from hwmodels.profile import HardwareProfile, load_profile
+from hwmodels.profile import Basis, HardwareProfile, load_profile
 from hwmodels.workload import Workload, trace
 
+ACCUMULATIONS = ("float32", "hardware")
 _log = logging.getLogger("dpquant")
 
 
@@ -74,6 +75,8 @@ class DPQuantEngine:
         analysis: the sensitivity analysis of the ``dpquant`` scheduler.
         basis: ``peak`` or ``calibrated`` hardware model; default: calibrated where the profile has a calibration.
         accountant: ``prv`` or ``rdp``.
+        accumulate: ``float32``, or ``hardware``: quantized GEMMs add as the profile's own matrix units do, bit for bit
+            (slow).
         seed: root of every random stream: equal seeds give equal runs. It must stay secret for the guarantee to hold
             against whoever knows it. None: secret, from the operating system.
         root: the root itself, where a run is continued; instead of ``seed``.
@@ -92,8 +95,9 @@ class DPQuantEngine:
         scheduler: str = "dpquant",
         beta: float = 200.0,
         analysis: sensitivity.AnalysisSettings | None = None,
-        basis: str | None = None,
-        accountant: str = "prv",
+        basis: Basis | None = None,
+        accountant: privacy.Accountant = "prv",
+        accumulate: str = "float32",
         seed: int | None = None,
         root: int | None = None,
     ) -> None:
@@ -105,8 +109,16 @@ class DPQuantEngine:
             raise InputError(f"target_speedup={target_speedup} must be at least 1")
         if fraction is not None and not 0 <= fraction <= 1:
             raise InputError(f"fraction={fraction} must be between 0 and 1")
+        if accumulate not in ACCUMULATIONS:
+            raise InputError(f"unknown accumulate={accumulate!r}", hint=suggestion(accumulate, ACCUMULATIONS))
         self.profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
-        self.basis = basis or ("calibrated" if self.profile.calibration is not None else "peak")
+        self.basis: Basis = cost.checked_basis(self.profile, basis)
+        if accumulate == "hardware" and self.profile.matrix_unit is None:
+            raise InputError(
+                f"accumulate='hardware': how {self.profile.name} adds is not publicly described",
+                hint="use accumulate='float32'",
+            )
+        self._unit = self.profile.matrix_unit or "float32" if accumulate == "hardware" else "float32"
         self.format, self.scheduler, self.beta = format, scheduler, beta
         self.target_speedup, self.fraction = target_speedup, fraction
         self.analysis = analysis or sensitivity.AnalysisSettings()
@@ -166,7 +178,7 @@ class DPQuantEngine:
         self._plan_privacy(data_loader, sample_rate, expected_batch_size, epochs, target_delta)
         self._plan_hardware(module, data_loader, clipping)
         self._plan_noise(target_epsilon, noise_multiplier)
-        private = clip.private_module(layers.quantize_model(module, self.format), clipping=clipping)
+        private = clip.private_module(layers.quantize_model(module, self.format, unit=self._unit), clipping=clipping)
         self._module = module
         self._criterion = clip.private_criterion(criterion)
         self._optimizer = _AccountedOptimizer(
@@ -244,14 +256,14 @@ class DPQuantEngine:
                 hint=f"lower the target, or compare chips and formats with `dpquant estimate` ({self.basis} basis)",
             )
 
-    def reach_on(self, basis: str) -> planner.Reach:
+    def reach_on(self, basis: Basis) -> planner.Reach:
         """The most that quantizing any set of layers can reach, on one basis."""
         seconds = self._analysis_s_per_step(basis)
         return planner.reach(
             self.workload, self.profile, self.format, analysis_s_per_step=seconds, basis=basis, **self._cost
         )
 
-    def _analysis_s_per_step(self, basis: str) -> float:
+    def _analysis_s_per_step(self, basis: Basis) -> float:
         """Modelled seconds of the planned analyses, spread over all steps."""
         if not self._due(0):
             return 0.0
@@ -306,11 +318,11 @@ class DPQuantEngine:
             self.epoch += 1
             self.step = self.epoch * self.steps_per_epoch
 
-    def estimate(self, plan: Mapping[str, str], basis: str | None = None) -> cost.Estimate:
+    def estimate(self, plan: Mapping[str, str], basis: Basis | None = None) -> cost.Estimate:
         """Modelled time, energy and memory of one step under ``plan``, analyses not included."""
         return cost.estimate(self.workload, plan, self.profile, basis=basis or self.basis, **self._cost)
 
-    def speedup(self, plan: Mapping[str, str], basis: str | None = None) -> float:
+    def speedup(self, plan: Mapping[str, str], basis: Basis | None = None) -> float:
         """Modelled speedup of ``plan`` over full precision, the analyses' time spread over all steps."""
         basis = basis or self.basis
         planned_s = self.estimate(plan, basis).step_s + self._analysis_s_per_step(basis)

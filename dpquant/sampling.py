@@ -10,7 +10,7 @@ from opacus.data_loader import wrap_collate_with_empty
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchSplittingSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, get_worker_info
 
 from dpquant.streams import stream
 from emulation.errors import InputError
@@ -124,7 +124,7 @@ def private_loader(
             hint="use num_workers=0, best with tensors in memory",
         )
     dataset = IndexedDataset(loader.dataset)
-    collate: Callable[[list[Any]], Any] = loader.collate_fn or default_collate
+    collate: Callable[[Any], Any] = loader.collate_fn
     if not isinstance(loader.dataset, TensorDataset):  # an empty sample must still look like a batch
         collate = wrap_collate_with_empty(
             collate_fn=collate, sample_empty_shapes=_shapes(loader.dataset[0]), dtypes=_dtypes(loader.dataset[0])
@@ -132,7 +132,8 @@ def private_loader(
     batches: Sampler[list[int]] = sampler
     if max_physical_batch_size is not None:
         batches = BatchSplittingSampler(sampler=sampler, max_batch_size=max_physical_batch_size, optimizer=optimizer)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=_Collate(collate, on_batch))
+    keyed: Callable[[Any], Any] = _Collate(collate, on_batch)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=keyed)
 
 
 def _shapes(item: Sequence[Any]) -> list[tuple[int, ...]]:

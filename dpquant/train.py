@@ -94,6 +94,7 @@ def prepare(
             beta=schedule["beta"],
             analysis=AnalysisSettings(**config["analysis"]),
             accountant=budget["accountant"],
+            accumulate=settings["accumulate"],
             root=root,
         )
         optimizer = _optimizer(config, model)
@@ -221,7 +222,8 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     options = {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}
     if settings["optimizer"] == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=settings["momentum"], **options)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]](model.parameters(), **options)
+    rule = torch.optim.Adam if settings["optimizer"] == "adam" else torch.optim.AdamW
+    return rule(model.parameters(), **options)
 
 
 def _facts(config: RunConfig, engine: DPQuantEngine, model: nn.Module) -> RunFacts:

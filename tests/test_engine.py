@@ -355,3 +355,21 @@ def test_an_epoch_is_frozen() -> None:
     private(e)
     with pytest.raises(dataclasses.FrozenInstanceError):
         next(e.epochs()).index = 3  # type: ignore[misc]
+
+
+def test_the_chips_own_accumulation_changes_the_bits_and_little_else() -> None:
+    ends = []
+    for accumulate in ("float32", "hardware"):
+        e = engine(hardware="h100", scheduler="pls", fraction=1.0, format="fp8", accumulate=accumulate)
+        module = network()
+        parts = private(e, module, noise_multiplier=0.0, epochs=1)
+        run(e, parts)
+        ends.append(weights(module))
+    assert not torch.equal(ends[0], ends[1])
+    moved = (ends[0] - weights(network())).norm()
+    assert (ends[0] - ends[1]).norm() < 0.05 * moved
+
+
+def test_a_chip_whose_addition_is_not_known_is_refused() -> None:
+    with pytest.raises(InputError, match="accumulate='hardware': how mi355x adds is not publicly described"):
+        engine(hardware="mi355x", accumulate="hardware")
