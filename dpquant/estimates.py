@@ -40,6 +40,8 @@ class Row:
     """The chip's capacity."""
     largest_batch: int | None
     """That fits into memory at once; None where memory is no limit."""
+    physical_batch_size: int
+    """Examples of one pass."""
     power_limit_w: float | None
     usd_per_hour: float | None = None
 
@@ -73,6 +75,7 @@ class Row:
             "memory_bytes": self.memory_bytes,
             "fits": self.fits,
             "largest_batch": self.largest_batch,
+            "physical_batch_size": self.physical_batch_size,
             "bound": estimate.bound,
             "native": estimate.native,
             "falls_back_to": self.falls_back_to,
@@ -110,15 +113,34 @@ def rows(
 ) -> Iterator[Row]:
     """A row per profile and format (``formats``: profile name -> formats)."""
     for profile in profiles:
-        model = StepModel(workload, profile, **asked.options)
+        model = fitting_model(workload, profile, asked.options, formats[profile.name])
         baseline = model.estimate({})
         for name in formats[profile.name]:
             yield _row(model, baseline, get_format(name).name, asked)
 
 
+def fitting_model(
+    workload: Workload, profile: HardwareProfile, options: Mapping[str, Any], formats: Sequence[str] = ()
+) -> StepModel:
+    """The step on a chip; a batch too large for its memory goes through it in as few passes as fit.
+
+    They fit in full precision and with all layers in any of ``formats``. A ``physical_batch_size`` among the options
+    stands as it is.
+    """
+    model = StepModel(workload, profile, **options)
+    if options.get("physical_batch_size") is not None:
+        return model
+    plans = [{}, *(dict.fromkeys(workload.quantizable, name) for name in formats)]
+    most = min(_BATCH_LIMIT if batch is None else batch for batch in (largest_batch(model, plan) for plan in plans))
+    if not 0 < most < workload.batch_size:
+        return model
+    return StepModel(workload, profile, **{**options, "physical_batch_size": most})
+
+
 def _row(model: StepModel, baseline: Estimate, name: str, asked: Asked) -> Row:
     workload, profile = model.workload, model.profile
-    gain = gains(model, profile.rate(name).format)
+    full = name == get_format(model.options.baseline).name  # nothing is quantized
+    gain = {} if full else gains(model, profile.rate(name).format)
     order = sorted(gain, key=lambda layer: -gain[layer])
     best = {layer: name for layer in order if gain[layer] > 0}
     max_speedup = baseline.step_s / model.step_s(best)
@@ -131,7 +153,7 @@ def _row(model: StepModel, baseline: Estimate, name: str, asked: Asked) -> Row:
         format=name,
         estimate=estimate,
         plan=plan,
-        quantizable=len(order),
+        quantizable=len(workload.quantizable),
         baseline=baseline,
         max_speedup=max_speedup,
         reached=None if target is None else estimate.speedup >= target * (1 - 1e-12),
@@ -139,6 +161,7 @@ def _row(model: StepModel, baseline: Estimate, name: str, asked: Asked) -> Row:
         falls_back_to=rate.falls_back_to,
         memory_bytes=profile.memory.capacity_bytes,
         largest_batch=largest_batch(model, plan),
+        physical_batch_size=model.options.passes(workload.batch_size)[1],
         power_limit_w=profile.power.limit_w if profile.power else None,
         usd_per_hour=asked.prices.get(profile.name),
     )
@@ -175,9 +198,9 @@ def largest_batch(model: StepModel, plan: Mapping[str, str]) -> int | None:
 
 
 def fastest(found: Sequence[Row]) -> int | None:
-    """Index of the row with the shortest step among those that fit into memory."""
-    fitting = [(row.estimate.step_s, index) for index, row in enumerate(found) if row.fits]
-    return min(fitting)[1] if fitting else None
+    """Index of the row with the shortest step among those that fit into memory; calibrated ones go before peak ones."""
+    fitting = [(row.estimate.basis != "calibrated", row.estimate.step_s, i) for i, row in enumerate(found) if row.fits]
+    return min(fitting)[2] if fitting else None
 
 
 def explain(row: Row, profile: HardwareProfile, workload: Workload, asked: Asked) -> list[str]:
@@ -227,7 +250,7 @@ def _changes(row: Row, profile: HardwareProfile, workload: Workload, asked: Aske
     per_example = row.estimate.step_s / row.estimate.batch_size
 
     def gain(work: Workload, **options: Any) -> float:
-        model = StepModel(work, profile, **{**asked.options, **options})
+        model = fitting_model(work, profile, {**asked.options, **options})
         return per_example / (model.step_s(model.plan_formats(row.plan)) / work.batch_size)
 
     options = StepModel(workload, profile, **asked.options).options
@@ -238,7 +261,7 @@ def _changes(row: Row, profile: HardwareProfile, workload: Workload, asked: Aske
     if options.eager:
         yield gain(workload, framework="fused"), "fused kernels (--framework fused)"
     larger = 4 * workload.batch_size
-    if row.largest_batch is None or larger <= row.largest_batch:
+    if row.largest_batch is None or larger <= row.largest_batch:  # beyond it the passes repeat and nothing is gained
         yield gain(workload.at(larger)), f"a batch of {larger}"
     if row.slower_layers:
         yield row.max_speedup / row.estimate.speedup, "quantizing only the layers that gain"

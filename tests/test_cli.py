@@ -281,6 +281,8 @@ def test_hardware_list_and_show(capsys: Capture) -> None:
     facts = answer(capsys, "hardware", "show", "H100")
     assert facts["name"] == "h100"
     assert all(row["status"] for row in facts["numbers"])
+    assert {row["kernel"] for row in facts["calibration"]} >= {"bfloat16", "fp8"}
+    assert all(0 < row["held_out_mape_percent"] < 100 for row in facts["calibration"])
     assert main(["hardware", "show", "h100"]) == 0
     assert "published" in capsys.readouterr().out
 
@@ -391,9 +393,38 @@ def test_estimate_explains(capsys: Capture) -> None:
 def test_estimate_largest_batch_is_the_largest_that_fits(capsys: Capture) -> None:
     row = answer(capsys, *ESTIMATE, "--format", "fp8")["rows"][0]
     words = ["estimate", "--model", "resnet18", "--input", "3x32x32", "--hardware", "h100", "--format", "fp8"]
-    at = [answer(capsys, *words, "--batch-size", str(row["largest_batch"] + d))["rows"][0] for d in (0, 1)]
-    assert [r["fits"] for r in at] == [True, False]
-    assert "fits into the memory of none" in shown(capsys, *words, "--batch-size", str(row["largest_batch"] + 1))
+    most = row["largest_batch"]
+    at = [answer(capsys, *words, "--batch-size", str(n), "--physical-batch-size", str(n)) for n in (most, most + 1)]
+    assert [a["rows"][0]["fits"] for a in at] == [True, False]
+    parts = answer(capsys, *words, "--batch-size", str(3 * most))["rows"][0]
+    assert parts["fits"]
+    assert parts["physical_batch_size"] <= most
+    assert "examples at a time" in " ".join(shown(capsys, *words, "--batch-size", str(3 * most)).split())
+
+
+def test_estimate_curves(capsys: Capture) -> None:
+    words = ["estimate", "--model", "digits_cnn", "--hardware", "b200,h100", "--format", "fp8", "--basis", "peak"]
+    points = answer(capsys, *words, "--pareto")["rows"]
+    assert [p["quantized"] for p in points if p["hardware"] == "b200"] == list(range(7))
+    assert all(p["drawn"] <= p["best"] * (1 + 1e-9) for p in points)
+    even = answer(capsys, *words, "--break-even")["rows"]
+    assert [row["hardware"] for row in even] == ["b200", "h100"]
+    assert all(row["batch_size"] is None or row["batch_size"] >= 1 for row in even)
+    swept = answer(capsys, *words, "--sweep", "batch-size=64,128")["rows"]
+    assert [row["batch_size"] for row in swept] == [64, 128, 64, 128]
+    direct = answer(capsys, *words, "--batch-size", "128")["rows"]
+    assert swept[1]["speedup"] == pytest.approx(direct[0]["speedup"])
+    terms = {row["term"]: row["value"] for row in answer(capsys, *words, "--cost-model", "paper")["rows"][:10]}
+    assert terms["1 - p + p / r"] == pytest.approx(0.25)
+    for curve in (["--pareto"], ["--break-even"], ["--sweep", "batch-size=64"], ["--cost-model", "paper"]):
+        shown(capsys, *words, *curve)
+    assert "give one" in refused(capsys, *words, "--pareto", "--break-even")[0]
+    assert "batch-size=64" in refused(capsys, *words, "--sweep", "batch=3")[1]
+
+
+def test_estimate_full_precision_is_no_quantization(capsys: Capture) -> None:
+    row = answer(capsys, *ESTIMATE, "--format", "bf16")["rows"][0]
+    assert (row["speedup"], row["quantized"]) == (1, 0)
 
 
 def test_estimate_price_and_power(capsys: Capture) -> None:

@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     )
     what.add_argument("--input", metavar="CxHxW", help="shape of one example; default: the model's usual one")
     what.add_argument("--batch-size", type=int, default=256, help="examples of one step (default: %(default)s)")
-    what.add_argument("--physical-batch-size", type=int, metavar="N", help="most examples of one pass; default: all")
+    what.add_argument(
+        "--physical-batch-size",
+        type=int,
+        metavar="N",
+        help="most examples of one pass; default: as many as fit into memory",
+    )
     what.add_argument("--method", choices=("dp-sgd", "sgd"), default="dp-sgd", help="default: %(default)s")
     what.add_argument(
         "--clipping",
@@ -100,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     shown.add_argument(
         "--explain", action="store_true", help="in words: what bounds each step, and what would help most"
     )
+    shown.add_argument("--pareto", action="store_true", help="speedup against the number of layers quantized")
+    shown.add_argument("--break-even", action="store_true", help="from which batch size on a format pays")
+    shown.add_argument("--sweep", metavar="batch-size=N,...", help="the table for several batch sizes")
+    shown.add_argument(
+        "--cost-model", choices=("own", "paper"), default="own", help="paper: DPQuant's published formula, line by line"
+    )
     shown.add_argument("--csv", action="store_true", help="print CSV")
 
 
@@ -116,6 +127,19 @@ def run(args: argparse.Namespace, out: Output) -> int:
         name: getattr(args, name)
         for name in ("method", "clipping", "baseline", "basis", "framework", "optimizer", "physical_batch_size")
     }
+    if args.pareto or args.break_even or args.sweep or args.cost_model == "paper":
+        from dpquant import curves
+
+        if sum((args.pareto, args.break_even, bool(args.sweep), args.cost_model == "paper")) > 1:
+            raise InputError("give one of --pareto, --break-even, --sweep and --cost-model paper")
+        pairs = [(profile, name) for profile in profiles for name in formats[profile.name]]
+        if args.pareto:
+            return curves.pareto(workload, pairs, options, out)
+        if args.break_even:
+            return curves.break_even(workload, pairs, options, out)
+        if args.sweep:
+            return curves.sweep(workload, pairs, options, _batch_sizes(args.sweep), out)
+        return curves.paper(workload, pairs, options, 1.0 if args.fraction is None else args.fraction, out)
     asked = estimates.Asked(share=args.fraction, target_speedup=args.target_speedup, prices=prices, options=options)
     found = list(estimates.rows(workload, profiles, formats, asked))
     if args.hardware is None:
@@ -167,6 +191,17 @@ def _words(text: str, option: str) -> list[str]:
     if not all(words):
         raise InputError(f"{option} {text!r} holds an empty name", hint="separate names by single commas")
     return words
+
+
+def _batch_sizes(text: str) -> list[int]:
+    name, _, values = text.partition("=")
+    try:
+        sizes = [int(word) for word in values.split(",")] if name == "batch-size" else []
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"--sweep {text!r} is not batch-size=N,N,...", hint="such as batch-size=64,256,1024")
+    return sizes
 
 
 def _prices(text: str | None, profiles: Sequence[HardwareProfile]) -> dict[str, float]:
@@ -309,18 +344,20 @@ def _show_rows(found: Sequence[Row], workload: Workload, out: Output) -> None:
 
 def _interpretation(found: Sequence[Row], best: int | None, workload: Workload) -> str:
     if best is None:
-        most = max((row.largest_batch or 0 for row in found), default=0)
-        return f"A batch of {workload.batch_size} fits into the memory of none of these; at most {most} does."
+        return f"In passes of {found[0].physical_batch_size} examples this fits into the memory of none of these chips."
     row = found[best]
+    first = "Fastest" if len({r.estimate.basis for r in found}) == 1 else "Fastest of the calibrated ones"
     slower = sum(r.estimate.speedup < 1 for r in found)
     text = (
-        f"Fastest: {row.hardware} with {row.format}, {seconds(row.estimate.step_s)} a step, "
+        f"{first}: {row.hardware} with {row.format}, {seconds(row.estimate.step_s)} a step, "
         f"{row.estimate.speedup:.2f}x over {seconds(row.estimate.baseline_s)} in full precision there"
     )
     if slower:
         text += f"; {slower} of {len(found)} rows are slower than full precision (--explain says why)"
     if unmet := sum(r.reached is False for r in found):
         text += f"; {unmet} of {len(found)} miss the target speedup"
+    if row.physical_batch_size < workload.batch_size:
+        text += f"; the batch goes through memory {row.physical_batch_size} examples at a time"
     if not all(r.fits for r in found):
         text += f"; {sum(not r.fits for r in found)} do not fit into memory"
     return text + "."

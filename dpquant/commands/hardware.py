@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.render import Column, Output, Table, gibibytes, number, percent, seconds, si
+from dpquant.rundir import write_atomic
 from emulation.errors import InputError
 from hwmodels import profile as profiles
 
-SUMMARY = "List, show, check and validate hardware profiles."
+SUMMARY = "List, show, check and validate hardware profiles; measure this machine into one."
 EXAMPLES = """\
 examples:
   dpquant hardware list
   dpquant hardware show h100
   dpquant hardware check my-chip.yaml
-  dpquant hardware validate h100 --data measured.csv"""
+  dpquant hardware validate h100 --data measured.csv
+  dpquant hardware calibrate --out mine.yaml"""
 
 _SHOWN_FORMATS = ("bfloat16", "float8_e4m3fn", "nvfp4", "mxfp4_e2m1")
 
@@ -43,13 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     validate.add_argument("--data", metavar="CSV", help="columns gemm_dtype, m, n, k, latency_us; device if several")
     validate.add_argument("--device", metavar="NAME", help="which device's rows; default: the profile's own")
     validate.add_argument("--csv", action="store_true", help="print CSV")
+    calibrate = action("calibrate", "Measure this machine into a profile, in under five minutes.")
+    calibrate.add_argument("--out", metavar="FILE", help="the profile to write: mine.yaml")
+    calibrate.add_argument("--data", metavar="CSV", help="also write what was timed, as `validate` reads it")
+    calibrate.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu; default: CUDA where there is any")
+    calibrate.add_argument("--extends", metavar="PROFILE", help="the chip's profile; default: known by its name")
+    calibrate.add_argument("--seconds", metavar="N", type=float, default=200.0, help="of measuring (default: 200)")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the command; returns its exit code."""
     if args.action is None:
-        raise InputError("no action given", hint="dpquant hardware list, show, check or validate")
-    return {"list": _list, "show": _show, "check": _check, "validate": _validate}[args.action](args, out)
+        raise InputError("no action given", hint="dpquant hardware list, show, check, validate or calibrate")
+    actions = {"list": _list, "show": _show, "check": _check, "validate": _validate, "calibrate": _calibrate}
+    return actions[args.action](args, out)
 
 
 def _list(args: argparse.Namespace, out: Output) -> int:
@@ -96,7 +105,8 @@ def _summary(profile: profiles.HardwareProfile) -> dict[str, Any]:
 
 
 def _show(args: argparse.Namespace, out: Output) -> int:
-    facts = profiles.describe(profiles.load_profile(args.name, args.hardware_dir))
+    profile = profiles.load_profile(args.name, args.hardware_dir)
+    facts = profiles.describe(profile) | {"calibration": _fitted(profile)}
     if out.form == "json":
         out.json(facts)
         return 0
@@ -132,10 +142,35 @@ def _show(args: argparse.Namespace, out: Output) -> int:
     out.show("")
     for tag, source in facts["sources"].items():
         print(f"{tag}: {source['title']}" + (f" <{source['url']}>" if source["url"] else ""))
-    on = facts["calibrated_on"]
-    base = "its own measurements" if on == facts["name"] else f"measurements of {on}, a chip of its family"
-    out.note(f"Calibrated on {base}." if on else "No calibration: only the peak basis, a roofline, is to be had.")
+    out.show("")
+    _show_calibration(facts, out)
     return 0
+
+
+def _fitted(profile: profiles.HardwareProfile) -> list[dict[str, Any]]:
+    """What each kernel's constants were fitted on, and how far off they were on shapes the fit had not seen."""
+    if profile.calibration is None:
+        return []
+    return [{"kernel": name} | vars(kernel.fitted) for name, kernel in profile.calibration.kernels.items()]
+
+
+def _show_calibration(facts: dict[str, Any], out: Output) -> None:
+    on = facts["calibrated_on"]
+    if on is None:
+        out.note("No calibration: only the peak basis, a roofline, is to be had.")
+        return
+    columns = [
+        Column(key="kernel", title="calibrated"),
+        Column(key="rows", title="rows", right=True),
+        _error("held_out_mape_percent", "mean error"),
+        _error("held_out_median_percent", "median"),
+        Column(key="held_out_rank_correlation", title="rank corr.", show=lambda v: f"{v:.3f}", right=True),
+    ]
+    out.table(Table(columns=columns, rows=facts["calibration"]))
+    for source in dict.fromkeys(row["source"] for row in facts["calibration"]):
+        out.note(f"Fitted on {source}.")
+    base = "its own measurements" if on == facts["name"] else f"measurements of {on}, a chip of its family"
+    out.note(f"Calibrated on {base}; errors are those of products that the fit had not seen.")
 
 
 def _quantity(key: str, value: float | None) -> str | None:
@@ -229,6 +264,49 @@ def _validate(args: argparse.Namespace, out: Output) -> int:
             f"{row['format']}{note}: furthest off is {size}, {measured:.3g} us measured, {predicted:.3g} predicted."
         )
     out.note("Mean and median are absolute errors of the predicted time; roofline's is that of published peaks alone.")
+    return 0
+
+
+def _calibrate(args: argparse.Namespace, out: Output) -> int:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    if args.out is None:
+        raise InputError("no file to write the profile to", hint="--out mine.yaml")
+    if not 1 <= args.seconds <= 3600:
+        raise InputError(f"seconds={args.seconds:g} is not between 1 and 3600", hint="200 measures a GPU well")
+    for path in filter(None, (args.out, args.data)):
+        if Path(path).exists():
+            raise InputError(f"{path} is already there", hint="name a new file")
+        if not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path}: its folder is not there", hint="make it first")
+    from hwmodels.calibrate import calibrate, measurements_csv
+
+    columns = (TextColumn("{task.description}"), BarColumn())
+    console = out.console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=out.quiet or not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=1.0)
+        found = calibrate(
+            args.device,
+            base=args.extends,
+            budget_s=args.seconds,
+            progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
+        )
+    write_atomic(Path(args.out), found.profile_yaml.encode())
+    if args.data:
+        write_atomic(Path(args.data), measurements_csv(found.measurements).encode())
+    if out.form == "json":
+        out.json({"schema": 1, "profile": args.out, "rows": list(found.rows), "notes": list(found.notes)})
+        return 0
+    table = [
+        Column(key="format", title="kernel"),
+        Column(key="n", title="shapes", right=True),
+        _error("mape_percent", "mean error"),
+        _error("median_percent", "median"),
+        Column(key="rank_correlation", title="rank corr.", show=lambda v: f"{v:.3f}", right=True),
+    ]
+    out.table(Table(columns=table, rows=list(found.rows)))
+    for note in (*found.notes, "Errors are of shapes that were kept from the fit.", f"wrote {args.out}"):
+        out.note(note)
     return 0
 
 
