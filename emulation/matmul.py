@@ -127,6 +127,8 @@ def _check_shapes(a: Tensor, b: Tensor) -> None:
             )
     if a.shape[1] != b.shape[0]:
         raise InputError(f"a.shape={tuple(a.shape)} with b.shape={tuple(b.shape)}", hint="[M, K] and [K, N] are needed")
+    if a.is_meta:
+        raise InputError("a.device='meta'", hint="a product needs values")
     if a.device != b.device:
         raise InputError(f"a.device={str(a.device)!r} with b.device={str(b.device)!r}", hint="move one of them")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +48,7 @@ SCALED = [
     ("float4_e2m1fn", "float4_e2m1fn", "float8_e8m0fnu", Rules(64, 35, 23, "block_scaled")),
     ("float4_e2m1fn", "float4_e2m1fn", "float8_e4m3fn", Rules(64, 35, 23, "block_scaled")),
 ]
+GOLDEN = Path(__file__).parent / "golden" / "hopper_products.npz"  # benchmarks/matmul.py --golden made it, on an H200
 KINDS = ("normal", "wide", "codes", "subnormal", "cancelling", "specials")
 
 
@@ -315,6 +318,7 @@ def test_grid_check_takes_all_values_and_no_others(name):
         ({"unit": "ada", "accumulation": "precise"}, "accumulation='precise'"),
         ({"accumulation": "exact"}, "accumulation='exact'"),
         ({"a": torch.ones(2)}, "a of shape"),
+        ({"a": torch.ones(2, 3, device="meta"), "b": torch.ones(3, 2, device="meta")}, "a.device='meta'"),
         ({"a": torch.ones(2, 3, dtype=torch.int8)}, "a of shape"),
         ({"b": torch.ones(4, 2)}, r"a.shape=\(2, 3\) with b.shape=\(4, 2\)"),
         ({"a": torch.full((2, 3), 449.0)}, "a holds 449.0"),
@@ -378,6 +382,19 @@ def test_every_row_is_found_by_its_formats():
                 found = matrix_unit(row.name, a, None, scale, row.accumulation)
                 assert found.takes(a, a, scale)
                 assert found == row or found.arithmetic == "block_scaled"
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN.name}")
+def test_products_of_real_tensor_cores():
+    dtypes = {name: getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16")}
+    with np.load(GOLDEN) as data:
+        entries = json.loads(str(data["about"]))["entries"]
+        for i, entry in enumerate(entries):
+            a, b = (torch.from_numpy(data[f"{x}{i}"]).view(dtypes[entry[x]]).float() for x in "ab")
+            for mode in entry["modes"]:
+                got = matmul(a, b.t(), "hopper", entry["a"], entry["b"], mode)
+                np.testing.assert_array_equal(bits(got), data[f"y{i}_{mode}"].view(np.uint32), err_msg=str(entry))
+    assert len(entries) >= 20
 
 
 @pytest.mark.cuda
