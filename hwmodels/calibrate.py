@@ -64,7 +64,7 @@ class Calibrated:
 
     Attributes:
         profile_yaml: the profile, ready to be written; ``check`` accepts it.
-        rows: format, rows, mape_percent, median_percent, rank_correlation, each held out.
+        rows: per kernel ``format``, ``n`` (shapes), ``mape_percent``, ``median_percent``, ``rank_correlation``, held out.
         measurements: what was timed: ``hardware validate`` reads the like.
         notes: what was not measured, and why.
     """
