@@ -367,7 +367,7 @@ def test_the_chips_own_accumulation_changes_the_bits_and_little_else() -> None:
         ends.append(weights(module))
     assert not torch.equal(ends[0], ends[1])
     moved = (ends[0] - weights(network())).norm()
-    assert (ends[0] - ends[1]).norm() < 0.05 * moved
+    assert (ends[0] - ends[1]).norm() < 0.2 * moved
 
 
 def test_a_chip_whose_addition_is_not_known_is_refused() -> None:
