@@ -32,34 +32,35 @@ class Tape:
     """The per-example gradients of one backward, layer by layer, until the optimizer takes them.
 
     Attributes:
-        layers: what quantized layers left.
-        leaves: what all other layers left.
+        contributions: what the layers left.
         batch_size: examples in the last forward of the whole module; None before one.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers: list[LayerGradient] = []
-        self.leaves: list[Contribution] = []
+        self.contributions: list[Contribution] = []
         self.batch_size: int | None = None
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._handles: list[RemovableHandle] = []
         self._recording: list[QuantizedLayer] = []
 
+    def append(self, record: LayerGradient) -> None:
+        """Takes what a quantized layer's backward leaves, at once in the form that it will be needed in."""
+        layer = record.layer
+        if isinstance(record.weight, Tensor):
+            self.contributions.append(DenseGradient(parameter=layer.weight, values=record.weight))  # type: ignore[arg-type]
+        elif record.weight is not None:
+            gradient = GemmGradient(parameter=layer.weight, operands=record.weight)  # type: ignore[arg-type]
+            self.contributions.append(gradient.cheapest())
+        if record.bias is not None:
+            self.contributions.append(DenseGradient(parameter=layer.bias, values=record.bias))  # type: ignore[arg-type]
+
     def combined(self) -> list[Contribution]:
-        """One contribution per parameter, in its cheapest form.
+        """One contribution per parameter.
 
         Raises:
             InputError: a layer saw another number of examples than the module: its first dimension is not the batch.
         """
-        found = list(self.leaves)
-        for record in self.layers:
-            layer = record.layer
-            if isinstance(record.weight, Tensor):
-                found.append(DenseGradient(parameter=layer.weight, values=record.weight))  # type: ignore[arg-type]
-            elif record.weight is not None:
-                found.append(GemmGradient(parameter=layer.weight, operands=record.weight))  # type: ignore[arg-type]
-            if record.bias is not None:
-                found.append(DenseGradient(parameter=layer.bias, values=record.bias))  # type: ignore[arg-type]
+        found = self.contributions
         if not found:
             if self.batch_size:
                 raise InputError(
@@ -75,16 +76,12 @@ class Tape:
                     f"parameter {name!r} saw {contribution.batch_size} examples in a batch of {size}",
                     hint="the first dimension of every layer's input must be the batch (batch_first=True, no folding)",
                 )
-        result: list[Contribution] = combined(found) if size else []
-        # kept in the combined form: norms and sums read the same gradients
-        self.layers.clear()
-        self.leaves[:] = result
-        return result
+        self.contributions = combined(found) if size else []  # kept: norms and sums read the same gradients
+        return list(self.contributions)
 
     def clear(self) -> None:
         """Forgets the backward."""
-        self.layers.clear()
-        self.leaves.clear()
+        self.contributions = []
         self.batch_size = None
 
     def close(self) -> None:
@@ -99,7 +96,7 @@ class Tape:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        if self.layers or self.leaves:
+        if self.contributions:
             raise InputError(
                 "a second forward and backward before optimizer.step()",
                 hint="step (and zero_grad) after every backward; larger batches: BatchMemoryManager",
@@ -110,7 +107,7 @@ class Tape:
     def _capture(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if layer.training and torch.is_grad_enabled() and output.requires_grad:
             inputs = [a.detach() if isinstance(a, Tensor) else a for a in args]
-            output.register_hook(lambda grad: self.leaves.extend(_leaf_gradients(layer, inputs, grad)))
+            output.register_hook(lambda grad: self.contributions.extend(_leaf_gradients(layer, inputs, grad)))
 
 
 def attach(module: nn.Module) -> Tape:
@@ -126,7 +123,7 @@ def attach(module: nn.Module) -> Tape:
     tape._handles.append(module.register_forward_pre_hook(tape._begin, with_kwargs=True))
     for layer in module.modules():
         if isinstance(layer, QuantizedLayer):
-            layer.tape = tape.layers
+            layer.tape = tape
             tape._recording.append(layer)
         elif _own_parameters(layer):
             tape._handles.append(layer.register_forward_hook(tape._capture))
@@ -145,7 +142,7 @@ def _leaf_gradients(layer: nn.Module, inputs: list[Any], grad: Tensor) -> list[C
         if layer.weight.requires_grad:
             x = gemms.pad_input(layer, inputs[0])
             operands = WeightGradient(weight=layer.weight, x=x, grad_output=grad, conv=conv)  # type: ignore[arg-type]
-            found.append(GemmGradient(parameter=layer.weight, operands=operands))  # type: ignore[arg-type]
+            found.append(GemmGradient(parameter=layer.weight, operands=operands).cheapest())  # type: ignore[arg-type]
         if layer.bias is not None and layer.bias.requires_grad:
             sums = gemms.position_sums(grad, conv)
             found.append(DenseGradient(parameter=layer.bias, values=sums))  # type: ignore[arg-type]

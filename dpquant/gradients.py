@@ -63,16 +63,17 @@ class GemmGradient:
         """Number of examples."""
         return self.operands.batch_size
 
-    @property
-    def cheaper_dense(self) -> bool:
-        """Whether forming every example's gradient beats two Gram matrices and a second weight-gradient GEMM.
+    def cheapest(self) -> GemmGradient | DenseGradient:
+        """Every example's gradient formed, where that beats two Gram matrices and a second weight-gradient GEMM.
 
         With weights of K x O and T positions, forming costs T K O multiply-adds and some passes over K O numbers in
         memory; not forming costs T^2 (K + O) for the norms and T K O for the sum.
         """
         w, groups, t = self.operands.weight, self.operands.groups, self.operands.reduction
         k, o = w.shape[1:].numel(), w.shape[0] // groups
-        return t * t * (k + o) > _PASSES[w.device.type == "cpu"] * k * o
+        if t * t * (k + o) > _PASSES[w.device.type == "cpu"] * k * o:
+            return DenseGradient(parameter=self.parameter, values=self.per_example())
+        return self
 
     def squared_norms(self) -> Tensor:
         """[B]."""
@@ -142,7 +143,7 @@ Contribution = DenseGradient | GemmGradient | EmbeddingGradient
 
 
 def combined(contributions: list[Contribution]) -> list[Contribution]:
-    """One contribution per parameter, in its cheapest form.
+    """One contribution per parameter.
 
     A parameter that was used more than once in a forward (a tied weight, a layer called twice) has its examples'
     gradients materialised and added before any norm is taken: the norm of a sum is not the sum of norms.
@@ -157,8 +158,6 @@ def combined(contributions: list[Contribution]) -> list[Contribution]:
             for part in parts[1:]:
                 total = total + part.per_example()
             result.append(DenseGradient(parameter=parameter, values=total))
-        elif isinstance(parts[0], GemmGradient) and parts[0].cheaper_dense:
-            result.append(DenseGradient(parameter=parameter, values=parts[0].per_example()))
         else:
             result.append(parts[0])
     return result

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_UNFOLDED = {True: 1 << 22, False: 1 << 28}  # elements of unfolded inputs held at a time: CPU (in its caches), else
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvGeometry:
@@ -202,6 +204,9 @@ class WeightGradient:
         Where an example's positions cancel, rounding could make that sum too small. What rounding can amount to is
         added, so that clipping by these norms never bounds too little: relative 2 T eps where positions are unrelated.
         """
+        return torch.cat([part._squared_norms() for part in self._parts()])
+
+    def _squared_norms(self) -> Tensor:
         n, conv = self.batch_size, self.conv
         if self.rows or conv is None:
             x, g = self.matrices()
@@ -217,10 +222,24 @@ class WeightGradient:
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
-        if not self.batch_size:
-            return self.x.new_zeros(0, *self.weight.shape)
-        x, g = self.matrices()
-        return torch.bmm(g.transpose(1, 2), x).reshape(self.batch_size, *self.weight.shape)
+        result = self.x.new_empty(self.batch_size, *self.weight.shape)
+        start = 0
+        for part in self._parts():
+            x, g = part.matrices()
+            end = start + part.batch_size
+            own = result[start:end].view(len(x), g.shape[2], x.shape[2])
+            torch.bmm(g.transpose(1, 2), x, out=own)
+            start = end
+        return result
+
+    def _parts(self) -> list[WeightGradient]:
+        """The same example by example, so many at a time that unfolded inputs stay small; at least one part."""
+        if self.conv is None or self.rows or not self.batch_size:
+            return [self]
+        unfolded = self.weight.shape[1:].numel() * self.groups * self.reduction
+        count = max(1, _UNFOLDED[self.x.device.type == "cpu"] // max(unfolded, 1))
+        parts = zip(self.x.split(count), self.grad_output.split(count), strict=True)
+        return [replace(self, x=x, grad_output=g) for x, g in parts]
 
     def total(self) -> Tensor:
         """The sum of the examples' gradients: the batch gradient of ordinary training."""

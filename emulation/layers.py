@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,13 @@ class LayerGradient:
     bias: Tensor | None
 
 
+class LayerTape(Protocol):
+    """Where a backward leaves its records: a list, or whatever else takes them one by one."""
+
+    def append(self, record: LayerGradient, /) -> None:
+        """Takes one record."""
+
+
 class _ThreeGemms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLayer, draw: Draw) -> Tensor:
@@ -198,7 +205,7 @@ class QuantizedLayer(nn.Module):
     """
 
     precision: LayerPrecision | None
-    tape: list[LayerGradient] | None
+    tape: LayerTape | None
     private: bool
     replay: list[Draw] | None
     rounding: RoundingKeys
