@@ -64,7 +64,8 @@ class Calibrated:
 
     Attributes:
         profile_yaml: the profile, ready to be written; ``check`` accepts it.
-        rows: per kernel ``format``, ``n`` (shapes), ``mape_percent``, ``median_percent``, ``rank_correlation``, held out.
+        rows: per kernel ``format``, ``n`` (shapes), and held-out ``mape_percent``, ``median_percent``,
+            ``rank_correlation``.
         measurements: what was timed: ``hardware validate`` reads the like.
         notes: what was not measured, and why.
     """

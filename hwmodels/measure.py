@@ -113,7 +113,10 @@ def _scales(kernel: str, rows: int, k: int, device: torch.device) -> torch.Tenso
 
 
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16)
+    per_tensor = scales[0].ndim == 0  # the others have no such choice
+    return torch._scaled_mm(
+        a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=per_tensor
+    )
 
 
 def kernels_of(device: torch.device) -> dict[str, str | None]:

@@ -19,6 +19,7 @@ from hwmodels.profile import HardwareProfile
 
 COLUMNS = ("gemm_dtype", "m", "n", "k", "latency_us")
 WORST = 5  # cases listed per format
+SETTLED_S = 100e-6  # shorter products are rarely run long enough for a board's averaged power to settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +161,9 @@ def validate(profile: HardwareProfile, rows: Sequence[Measurement]) -> list[dict
     Returns:
         rows with ``format`` (the gemm_dtype), ``n``, ``basis``, ``note``, ``mape_percent``, ``median_percent``,
         ``rank_correlation`` (Spearman's; None where it is undefined), ``roofline_mape_percent`` (the same of the
-        roofline on published peaks), ``worst`` (the cases that are furthest off), and, where power was measured,
-        ``power_mape_percent`` (board power at the measured latency) and ``energy_mape_percent`` (energy at the
-        predicted latency).
+        roofline on published peaks), ``worst`` (the cases that are furthest off), and, where power was measured for
+        products over 100 us, ``power_mape_percent`` (board power at the measured latency) and ``energy_mape_percent``
+        (energy at the predicted latency) of those.
 
     Raises:
         InputError: a format has no rate on the chip.
@@ -219,7 +220,7 @@ def _has(profile: HardwareProfile, gemm_dtype: str) -> bool:
 def _power_errors(
     profile: HardwareProfile, gemm_dtype: str, rows: Sequence[Measurement], predicted: Sequence[float]
 ) -> dict[str, float]:
-    known = [index for index, row in enumerate(rows) if row.power_w is not None]
+    known = [i for i, row in enumerate(rows) if row.power_w is not None and row.seconds > SETTLED_S]
     if not known or profile.power is None or profile.calibration is None or profile.calibration.power is None:
         return {}
     watts, watts_predicted, joules, joules_predicted = [], [], [], []

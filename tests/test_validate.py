@@ -164,6 +164,8 @@ def test_power_and_energy_are_compared_where_they_were_measured() -> None:
     assert line["power_mape_percent"] == pytest.approx(100 * (1 - 1 / 1.1))
     assert line["energy_mape_percent"] == pytest.approx(100 * (1 - 1 / 1.1))
     assert "power_mape_percent" not in validate(profile, [row(None)])[0]
-    fp8 = replace(rows[0], gemm_dtype="fp8_block")
+    short = replace(rows[0], seconds=99e-6)
+    assert "power_mape_percent" not in validate(profile, [short])[0]
+    fp8 = replace(rows[-1], gemm_dtype="fp8_block")
     assert validate(profile, [fp8])[0]["power_mape_percent"] > 0
     assert "power_mape_percent" not in validate(load_profile("l40s"), rows)[0]
