@@ -144,6 +144,7 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(f"device={wanted!r} is not there", hint=f"{count} CUDA devices are visible")
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # set_device wants the index said
         torch.cuda.set_device(device)
     return device
 
