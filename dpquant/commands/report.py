@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from dpquant import report
 from dpquant.render import Column, Output, Table
-from dpquant.rundir import load_run
+from dpquant.rundir import load_run, write_atomic
 from emulation.errors import InputError
 
 SUMMARY = "Show a run, or compare several."
@@ -14,12 +15,14 @@ EXAMPLES = """\
 examples:
   dpquant report runs/digits
   dpquant report runs/full runs/dpquant      side by side
+  dpquant report runs/digits --html report.html
   dpquant report runs/digits --json          facts, summary and every epoch's record"""
 
 
 def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("runs", metavar="RUN", nargs="*", help="run folders, as `dpquant train` wrote them")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page with plots")
     parser.add_argument("--csv", action="store_true", help="print CSV: a line per epoch, or per run where several")
 
 
@@ -28,6 +31,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if not args.runs:
         raise InputError("no run given", hint="dpquant report RUN: a folder that `dpquant train` wrote")
     runs = [load_run(path) for path in args.runs]
+    if args.html is not None:
+        from dpquant.page import page
+
+        write_atomic(Path(args.html), page(runs).encode())
+        out.say(f"wrote {args.html}")
+        if out.form == "text":
+            return 0
     if out.form == "json":
         out.json({"schema": 1, "runs": [report.to_json(one) for one in runs]})
     elif len(runs) > 1:
