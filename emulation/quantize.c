@@ -218,19 +218,21 @@ int32_t flat(const float *x, float *out, const Format *f, int64_t first, int64_t
 /* Small blocks in a row, of a size that the compiler knows. */
 INLINE void small(const float *x, float *out, int64_t n, const int64_t size, const Format *f, const float *scale,
                   const float *factor, float unit) {
-    for (int64_t i = 0; i < n; i++) {
-        const float *from = x + i * size;
-        float *to = out + i * size;
-        if (f->rule == MAX) run(from, to, size, f, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 1, 0);
-        else run(from, to, size, f, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 0, 0);
-    }
+    const Format g = *f; /* out could alias *f, for all the compiler knows */
+    if (g.rule == MAX)
+        for (int64_t i = 0; i < n; i++)
+            run(x + i * size, out + i * size, size, &g, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 1, 0);
+    else
+        for (int64_t i = 0; i < n; i++)
+            run(x + i * size, out + i * size, size, &g, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 0, 0);
 }
 
 INLINE void small_stochastic(const float *x, float *out, int64_t n, const int64_t size, const Format *f,
                              const float *scale, const float *factor, float unit, uint64_t key, int64_t index) {
     const uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
+    const Format g = *f;
     for (int64_t i = 0; i < n; i++)
-        run(x + i * size, out + i * size, size, f, scale + i, factor + i, unit, low, high,
+        run(x + i * size, out + i * size, size, &g, scale + i, factor + i, unit, low, high,
             (uint32_t)(index + i * size), MAGIC, 1, 0, 0);
 }
 
