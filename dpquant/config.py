@@ -90,6 +90,18 @@ SPECIFICATION = Fields(
                 "max_norm": replace(_POSITIVE, doc="norm each example's vector of loss differences is clipped to"),
                 "expected_batch_size": replace(_COUNT, doc="of the Poisson sample that is analysed"),
                 "decay": Number(minimum=0, below=1, doc="of the moving average over analyses", required=False),
+                "estimator": Text(
+                    choices=("probe", "released", "both"),
+                    doc="probe: private analyses; released: free, from released gradients; both: their average",
+                    required=False,
+                ),
+                "probe": Text(
+                    choices=("forward", "training"),
+                    doc="forward: loss differences as they are; training: after some steps under each policy",
+                    required=False,
+                ),
+                "probe_steps": replace(_COUNT, doc="gradient steps of probe: training"),
+                "probe_learning_rate": replace(_POSITIVE, doc="of those steps"),
             },
         ),
         "seed": Number(
@@ -161,7 +173,17 @@ _DEFAULTS: dict[str, Any] = {
         "accumulate": "float32",
     },
     "privacy": {"target_epsilon": None, "noise_multiplier": None, "accountant": "prv"},
-    "analysis": {"interval": 2, "noise_multiplier": 2.0, "max_norm": 0.1, "expected_batch_size": 256, "decay": 0.5},
+    "analysis": {
+        "interval": 2,
+        "noise_multiplier": 2.0,
+        "max_norm": 0.1,
+        "expected_batch_size": 256,
+        "decay": 0.5,
+        "estimator": "probe",
+        "probe": "forward",
+        "probe_steps": 4,
+        "probe_learning_rate": 0.5,
+    },
     "seed": None,
 }
 

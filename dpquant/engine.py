@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dpquant import analysis as analyses
 from dpquant import clipping as clip
 from dpquant import privacy, schedule, sensitivity
+from dpquant.released import ReleasedMoments, observe
 from dpquant.sampling import PoissonSampler, poisson_draw, private_loader
 from dpquant.streams import fresh_root, stream, stream_seed
 from emulation import layers
@@ -129,6 +131,8 @@ class DPQuantEngine:
         self._written_ahead: dict[str, int] = {}
         self.step = self.epoch = 0
         self.sensitivities: dict[str, float] | None = None
+        self._probed: dict[str, float] | None = None
+        self._moments: ReleasedMoments | None = None
 
     # --- before training
 
@@ -189,6 +193,9 @@ class DPQuantEngine:
             module=private,
         )
         self._optimizer.before_noise = self._before_noise
+        if self.scheduler == "dpquant" and self.analysis.estimator != "probe":
+            self._optimizer.attach_step_hook(self._observe)
+        self._max_grad_norm = max_grad_norm
         self._examples = len(data_loader.dataset)  # type: ignore[arg-type]
         self._plan: Mapping[str, str] = {}
         sampler = PoissonSampler(
@@ -269,6 +276,9 @@ class DPQuantEngine:
             return 0.0
         policies, expected = len(self.workload.quantizable), self.analysis.expected_batch_size
         seconds = planner.analysis_seconds(self.workload, self.profile, policies, expected, basis=basis)
+        if self.analysis.probe == "training":
+            share = expected / self.expected_batch_size
+            seconds += (policies + 1) * self.analysis.probe_steps * share * self.estimate({}, basis).step_s
         return seconds * self.analyses_planned / (self.epochs_planned * self.steps_per_epoch)
 
     def _plan_noise(self, target_epsilon: float | None, noise_multiplier: float | None) -> None:
@@ -304,7 +314,8 @@ class DPQuantEngine:
             started = time.perf_counter()
             analysed = self._due(self.epoch)
             if analysed:
-                self.sensitivities = self._analyse()
+                self._probed = self._analyse()
+            self.sensitivities = self._estimate()
             self._plan = plan = self._draw()
             yield Epoch(
                 index=self.epoch,
@@ -368,7 +379,8 @@ class DPQuantEngine:
         return {
             "root": self._root,
             "epoch": epochs_done,
-            "sensitivities": self.sensitivities,
+            "sensitivities": self._probed,
+            "moments": None if self._moments is None else vars(self._moments),
             "ledger": self.ledger.to_json_lines(),
         }
 
@@ -376,7 +388,9 @@ class DPQuantEngine:
         """Sets the engine to what :meth:`state` gave."""
         self._root, self.epoch = state["root"], state["epoch"]
         self.step = self.epoch * self.steps_per_epoch
-        self.sensitivities = state["sensitivities"]
+        self._probed = self.sensitivities = state["sensitivities"]
+        moments = state.get("moments")
+        self._moments = None if moments is None else ReleasedMoments(**moments)
         self.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
 
     def write_ahead(self, written: privacy.PrivacyLedger, append: Callable[[privacy.PrivacyEvent], object]) -> None:
@@ -402,7 +416,8 @@ class DPQuantEngine:
     # --- details
 
     def _due(self, epoch: int) -> bool:
-        return self.scheduler == "dpquant" and epoch % self.analysis.interval == 0
+        probes = self.scheduler == "dpquant" and self.analysis.estimator != "released"
+        return probes and epoch % self.analysis.interval == 0
 
     def _training_event(self, steps: int) -> privacy.PrivacyEvent:
         return privacy.PrivacyEvent(
@@ -445,22 +460,36 @@ class DPQuantEngine:
         event = self.analysis_event(1)
         sampling = stream(self._root, "analysis-sampling", self.epoch)
         chosen = poisson_draw(self._examples, event.sample_rate, sampling)
-        policies = sensitivity.single_layer_policies(self.workload.quantizable, self.format)
-        differences = [torch.zeros(0, len(policies), dtype=torch.float64)]
-        for part in chosen.split(self.analysis.expected_batch_size):
-            if len(part):
-                batch = self._loader.collate_fn(self._loader.dataset.__getitems__(part.tolist()))  # type: ignore[attr-defined]
-                differences.append(sensitivity.loss_differences(self._module, self._losses, batch, policies))
         self._spend(event)
-        released = sensitivity.release(
-            torch.cat(differences),
-            max_norm=self.analysis.max_norm,
-            noise_multiplier=self.analysis.noise_multiplier,
-            expected_batch_size=self.analysis.expected_batch_size,
-            generator=stream(self._root, "analysis-noise", self.epoch),
+        released = analyses.probe(
+            self._module,
+            self._losses,
+            chosen,
+            lambda part: self._loader.collate_fn(self._loader.dataset.__getitems__(part.tolist())),  # type: ignore[attr-defined]
+            sensitivity.single_layer_policies(self.workload.quantizable, self.format),
+            self.analysis,
+            stream(self._root, "analysis-noise", self.epoch),
+            max_grad_norm=self._max_grad_norm,
         )
         now = dict(zip(self.workload.quantizable, released.tolist(), strict=True))
-        return sensitivity.smooth(self.sensitivities, now, self.analysis.decay)
+        return sensitivity.smooth(self._probed, now, self.analysis.decay)
+
+    def _observe(self, optimizer: object) -> None:
+        """Keeps averages of what a step has just released."""
+        gradients = {n: p.grad for n, p in self._module.named_parameters() if p.grad is not None}
+        self._moments = observe(self._moments, gradients)
+
+    def _estimate(self) -> dict[str, float] | None:
+        noise_std = self.noise_multiplier * self._max_grad_norm / self.expected_batch_size
+        return analyses.estimate(
+            self.analysis,
+            self._probed,
+            self._moments,
+            self._module,
+            self.format,
+            noise_std=noise_std,
+            expected_batch_size=self.expected_batch_size,
+        )
 
     def _losses(self, module: nn.Module, batch: Any) -> Tensor:
         inputs, targets = batch

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dpquant.privacy import PrivacyEvent
-from emulation.errors import InputError
+from emulation.errors import InputError, suggestion
 
+Estimator = Literal["probe", "released", "both"]
+Probe = Literal["forward", "training"]
 Policy = Mapping[str, Any]
 """Layer name to format, as ``emulation.set_plan`` takes it; the layers not named stay in full precision."""
 
@@ -32,6 +34,12 @@ class AnalysisSettings:
             jointly.
         expected_batch_size: expected size of the Poisson sample, a public number.
         decay: weight of the past in the exponential moving average of the releases, in [0, 1); 0 uses the newest alone.
+        estimator: ``probe``: these analyses; ``released``: no analysis and no budget, an estimate from the noisy
+            gradients that training releases; ``both``: their average.
+        probe: ``forward``: loss differences without training, clipped per example (sensitivity C_m); ``training``:
+            loss differences after some steps under each policy, clipped as one vector (sensitivity 2 C_m).
+        probe_steps: gradient steps of ``probe: training``.
+        probe_learning_rate: of those steps.
 
     Raises:
         InputError: a value out of range.
@@ -42,9 +50,13 @@ class AnalysisSettings:
     max_norm: float = 0.1
     expected_batch_size: int = 256
     decay: float = 0.5
+    estimator: Estimator = "probe"
+    probe: Probe = "forward"
+    probe_steps: int = 4
+    probe_learning_rate: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("interval", "expected_batch_size"):
+        for name in ("interval", "expected_batch_size", "probe_steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)!r} is out of range", hint="a whole number, at least 1")
         if not 0 <= self.noise_multiplier < float("inf"):
@@ -53,6 +65,12 @@ class AnalysisSettings:
             raise InputError(f"max_norm={self.max_norm!r} is out of range", hint="a finite number above 0")
         if not 0 <= self.decay < 1:
             raise InputError(f"decay={self.decay!r} is out of range", hint="at least 0 and below 1; 0 takes no average")
+        if not 0 < self.probe_learning_rate < float("inf"):
+            raise InputError(f"probe_learning_rate={self.probe_learning_rate!r} is out of range", hint="above 0")
+        for name, allowed in (("estimator", get_args(Estimator)), ("probe", get_args(Probe))):
+            if getattr(self, name) not in allowed:
+                chosen = getattr(self, name)
+                raise InputError(f"unknown {name}={chosen!r}", hint=suggestion(str(chosen), allowed))
 
     def sample_rate(self, dataset_size: int) -> float:
         """The probability with which each of ``dataset_size`` examples (a public number) takes part in an analysis.

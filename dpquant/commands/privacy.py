@@ -146,7 +146,7 @@ def _from_config(args: argparse.Namespace) -> Plan:
     size = training["dataset_size"] or _count(config)
     analysis = AnalysisSettings(**config["analysis"])
     analyses = 0
-    if config["schedule"]["scheduler"] == "dpquant":
+    if config["schedule"]["scheduler"] == "dpquant" and analysis.estimator != "released":
         analyses = len(range(0, training["epochs"], analysis.interval))
     return _plan(
         size=size,

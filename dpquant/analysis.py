@@ -1,0 +1,104 @@
+"""The analysis that a schedule asks for: which estimator, on which sample, and what it may know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.released import ReleasedMoments, combine, loss_impacts, weight_errors
+from dpquant.sensitivity import AnalysisSettings, Policy, loss_differences, release
+from dpquant.training_probe import release_aggregate, training_differences
+
+Losses = Callable[[nn.Module, Any], Tensor]
+"""(module, batch) to one loss per example."""
+
+
+def probe(
+    module: nn.Module,
+    per_example_loss: Losses,
+    sample: Tensor,
+    collate: Callable[[Tensor], Any],
+    policies: Sequence[Policy],
+    settings: AnalysisSettings,
+    generator: torch.Generator,
+    *,
+    max_grad_norm: float,
+) -> Tensor:
+    """One private analysis: every policy probed on a Poisson sample, and the noisy result, [P].
+
+    What it spends is ``settings.event``, to be on record before this is called.
+
+    Args:
+        module: the private module.
+        per_example_loss: losses of a batch.
+        sample: indices of the examples drawn.
+        collate: makes a batch of indices.
+        policies: P plans.
+        settings: of the analysis.
+        generator: of the noise alone.
+        max_grad_norm: of the steps of ``probe: training``.
+    """
+    if settings.probe == "training":
+        differences = training_differences(
+            module,
+            per_example_loss,
+            collate(sample),
+            policies,
+            steps=settings.probe_steps,
+            learning_rate=settings.probe_learning_rate,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=settings.expected_batch_size,
+        )
+        return release_aggregate(
+            differences,
+            max_norm=settings.max_norm,
+            noise_multiplier=settings.noise_multiplier,
+            generator=generator,
+        )
+    rows = [torch.zeros(0, len(policies), dtype=torch.float64)]
+    for part in sample.split(settings.expected_batch_size):
+        if len(part):
+            rows.append(loss_differences(module, per_example_loss, collate(part), policies))
+    return release(
+        torch.cat(rows),
+        max_norm=settings.max_norm,
+        noise_multiplier=settings.noise_multiplier,
+        expected_batch_size=settings.expected_batch_size,
+        generator=generator,
+    )
+
+
+def estimate(
+    settings: AnalysisSettings,
+    probed: Mapping[str, float] | None,
+    moments: ReleasedMoments | None,
+    module: nn.Module,
+    format: Any,
+    *,
+    noise_std: float,
+    expected_batch_size: int,
+) -> dict[str, float] | None:
+    """The sensitivities that the schedule uses, by layer: post-processing of what was released.
+
+    Args:
+        settings: whose ``estimator`` says what is used: probes, released gradients, or both.
+        probed: smoothed results of the probes; None where there was none.
+        moments: of the released gradients; None where none are kept.
+        module: the private module, for its weights.
+        format: what layers are quantized to.
+        noise_std: of each element of the released mean gradients.
+        expected_batch_size: of the training steps.
+
+    Returns:
+        Sensitivities by layer; None while nothing is known yet.
+    """
+    seen = None if probed is None else dict(probed)
+    if settings.estimator == "probe" or moments is None or moments.steps < 2:
+        return seen
+    free = loss_impacts(
+        moments, weight_errors(module, format), noise_std=noise_std, expected_batch_size=expected_batch_size
+    )
+    return free if seen is None else combine(seen, free)
