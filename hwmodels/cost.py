@@ -13,7 +13,7 @@ from emulation.formats import get_format
 from hwmodels.gemm import kernel_of, measured_kernel
 from hwmodels.gemm_arrays import Array
 from hwmodels.memory import peak_memory_bytes
-from hwmodels.pricing import BOUNDS, HOST_S, LAUNCH, PriceList, Pricer
+from hwmodels.pricing import BOUNDS, HOST_LAYER_S, HOST_S, HOST_STEP_S, LAUNCH, PriceList, Pricer
 from hwmodels.profile import BASES, Basis, HardwareProfile
 from hwmodels.step import PHASE, PHASES, StepOptions
 from hwmodels.workload import Workload
@@ -82,6 +82,8 @@ class StepModel:
         self._quantizable = frozenset(workload.quantizable)
         self._pricer = Pricer(workload, profile, self.options, self.basis)
         self._lists: dict[str | None, PriceList] = {}
+        hooked = sum(layer.parameters > 0 for layer in workload.layers) if self.options.private else 0
+        self._hooks_s = hooked * HOST_LAYER_S[self.options.clipping] * self.options.passes(workload.batch_size)[0]
 
     def prices(self, format_name: str | None) -> PriceList:
         """Prices with every quantizable layer in a format (canonical name), or in the baseline for None."""
@@ -120,8 +122,8 @@ class StepModel:
         """Seconds that the device waits for an eager host, spread over the layers by their kernels."""
         if not self.options.eager or not kernels.sum():
             return np.zeros_like(kernels)
-        idle = max(0.0, float(kernels.sum()) * HOST_S - float(device_s.sum()))
-        shared: Array = idle * kernels / kernels.sum()
+        host_s = HOST_STEP_S + HOST_S * float(kernels.sum()) + self._hooks_s
+        shared: Array = max(0.0, host_s - float(device_s.sum())) * kernels / kernels.sum()
         return shared
 
     def step_s(self, plan: Mapping[str, str]) -> float:

@@ -141,14 +141,11 @@ def _clipped_product(
     if forms_gradients(product, options):
         phase = "weight_gradient" if kept else "norm_and_clip"
         gradients = float(examples * product.weight_elements * GRADIENT_BYTES) * count
-        unfolded = options.eager and product.unfolded_elements != product.input_elements
-        if unfolded:
-            patches = product.input_elements + product.unfolded_elements
-            tally.move(index, phase, width * examples * patches * count, count)
+        unfolded = _unfold(tally, index, phase, product, options, examples, count)
         written = kept or options.eager  # else a fused kernel squares and adds in its epilogue
         each = product.example_gradients(examples, unfolded=unfolded)
         tally.gemm(index, phase, each, GRADIENT_BYTES if written else 0.0, count)
-        if options.eager and options.clipping == "hooks":  # filled with zeros, copied into, both by Opacus
+        if options.eager and options.clipping != "bookkeeping":  # Opacus fills a buffer with zeros and copies into it
             tally.move(index, phase, 3 * gradients, 2 * count)
         if written:
             tally.move(index, "norm_and_clip", gradients * (1 + kept), count * (1 + kept))  # read: norms, weighted sum
@@ -158,6 +155,17 @@ def _clipped_product(
         tally.gemm(index, "weight_gradient", product.weight_gradient(examples), GRADIENT_BYTES, count)
         if options.eager:  # the output gradients times their clip factors, written out
             tally.move(index, "norm_and_clip", 2.0 * width * examples * product.output_elements * count, count)
+
+
+def _unfold(
+    tally: Tally, index: int, phase: str, product: Product, options: StepOptions, examples: int, count: int
+) -> bool:
+    """A convolution's patches written out by an eager framework: padded (filled, copied), then gathered."""
+    if not options.eager or product.unfolded_elements == product.input_elements:
+        return False
+    moved = 4 * product.input_elements + product.unfolded_elements
+    tally.move(index, phase, stored_bytes(options.baseline) * examples * moved * count, 3 * count)
+    return True
 
 
 def _gram_norms(tally: Tally, index: int, product: Product, options: StepOptions, examples: int, count: int) -> None:
@@ -173,9 +181,7 @@ def _gram_norms(tally: Tally, index: int, product: Product, options: StepOptions
         gram = Gemm(m=rows, n=rows, k=side, count=groups * examples)
         tally.gemm(index, "norm_and_clip", gram, gram_bytes, count)
     if options.eager:
-        if product.unfolded_elements != product.input_elements:
-            patches = product.input_elements + product.unfolded_elements
-            tally.move(index, "norm_and_clip", width * examples * patches * count, count)
+        _unfold(tally, index, "norm_and_clip", product, options, examples, count)
         tally.move(index, "norm_and_clip", 4.0 * gram_bytes * examples * groups * rows**2 * count, 2 * count)
 
 
@@ -199,11 +205,15 @@ def _small_gradients(
             tally.move(index, "norm_and_clip", width * looked_up * count, 2 * count)
             tally.move(index, "weight_gradient", (table + width * looked_up) * count, 2 * count)
         return
-    if options.eager:  # a pass over the output gradient of its own; a fused backward pass has it at hand
-        seen = sum(p.output_elements for p in layer.products) + sum(
-            p.fused_forward for p in layer.passes if layer.kind == "norm"
-        )
-        tally.move(index, "weight_gradient", width * examples * seen * count, count)
+    if options.eager and layer.kind == "norm":
+        if (
+            options.private
+        ):  # Opacus normalises again, multiplies by the output gradient, and sums that and the gradient
+            normed = sum(p.fused_forward for p in layer.passes) / 2
+            tally.move(index, "weight_gradient", 8 * width * examples * normed * count, 6 * count)
+    elif options.eager:  # a bias: a pass over the output gradient of its own; a fused backward pass has it at hand
+        outputs = sum(p.output_elements for p in layer.products)
+        tally.move(index, "weight_gradient", width * examples * outputs * count, count)
     if options.private:
         tally.move(index, "norm_and_clip", 2.0 * GRADIENT_BYTES * examples * small * count, 2 * count)
 

@@ -121,15 +121,21 @@ def _kept_outputs(layer: LayerWork, options: StepOptions) -> float:
 
 
 def _norm_workspace(layer: LayerWork, options: StepOptions) -> float:
-    """Bytes per example while one layer's norms are taken; none where a fused kernel adds up squares."""
+    """Bytes per example while one layer's norms are taken; none where a fused kernel adds up squares.
+
+    Unfolded patches count for Opacus only: book-keeping unfolds a few examples at a time.
+    """
     if not options.eager:
         return 0.0
     width, largest = stored_bytes(options.baseline), 0.0
     for product in (p for p in layer.products if p.weighted and p.grad_weight):
-        unfolded = product.unfolded_elements if product.unfolded_elements != product.input_elements else 0
+        opacus = options.clipping != "bookkeeping" and product.unfolded_elements != product.input_elements
+        unfolded = product.unfolded_elements if opacus else 0
         if not forms_gradients(product, options):
-            gram = 2 * product.rows**2 * product.groups if product.rows > 1 else 0
+            elements = 2 * product.rows**2 * product.groups if product.rows > 1 else 0
+        elif keeps_gradients(product, options):
+            elements = product.weight_elements if options.clipping == "hooks" else 0  # the copy into Opacus's buffer
         else:
-            gram = 0 if keeps_gradients(product, options) else product.weight_elements
-        largest = max(largest, gram * GRADIENT_BYTES + unfolded * width)
+            elements = 2 * product.weight_elements  # the gradients, and their copy
+        largest = max(largest, elements * GRADIENT_BYTES + unfolded * width)
     return largest
