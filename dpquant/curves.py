@@ -21,7 +21,7 @@ _CHIP = (Column(key="hardware", title="hardware"), Column(key="format", title="f
 def _answer(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], out: Output, best: int | None = None) -> bool:
     """Print rows as JSON, CSV or a table; whether sentences are to follow."""
     if out.form == "json":
-        out.json({"schema": 1, "rows": rows})
+        out.json({"rows": rows})
         return False
     if out.form == "csv":
         columns = [Column(key=key, title=key) for key in rows[0]]

@@ -66,11 +66,11 @@ class Output:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def json(self, data: object) -> None:
-        """The whole answer as JSON."""
+    def json(self, data: Mapping[str, Any]) -> None:
+        """The whole answer as JSON; ``schema`` grows when a key changes its meaning or goes away."""
         from dpquant.rundir import dumps_strict
 
-        print(dumps_strict(data, indent=2))
+        print(dumps_strict({"schema": 1, **data}, indent=2))
 
     def show(self, *parts: RenderableType) -> None:
         """Anything that rich can draw."""

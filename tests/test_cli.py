@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -459,7 +461,7 @@ def test_privacy_of_a_plan(capsys: Capture) -> None:
     assert plan["analysis"]["steps"] > 0
     assert plan["target_epsilon"] - 0.2 < plan["epsilon"] <= plan["target_epsilon"]
     assert plan["epsilon_analysis_alone"] < plan["epsilon_training_alone"] < plan["epsilon"]
-    out = shown(capsys, "privacy", "digits")
+    out = shown(capsys, "privacy", "digits", "--accountant", "rdp", "--noise-multiplier", "1")
     assert "adding or removing one example" in " ".join(out.split())
 
 
@@ -573,3 +575,65 @@ def test_privacy_of_a_run(capsys: Capture, trained: Path) -> None:
     spent = answer(capsys, "privacy", str(trained))
     assert spent["epsilon"] == pytest.approx(load_run(trained).records[-1].epsilon)
     assert "has spent epsilon" in shown(capsys, "privacy", str(trained))
+
+
+# --- documentation
+
+DOCUMENTED = Path(__file__).parent.parent / "docs" / "command-line.md"
+
+
+@pytest.mark.parametrize(
+    ("heading", "words", "row"),
+    [
+        ("`estimate`", [*ESTIMATE, "--format", "fp8"], True),
+        ("`formats`", ["formats"], True),
+        ("`hardware list`", ["hardware", "list"], True),
+        ("`privacy`", ["privacy", "digits", "--accountant", "rdp", "--noise-multiplier", "1"], False),
+        ("`report` and `train`", ["report", "RUN"], False),
+    ],
+)
+def test_documented_json_is_what_is_printed(
+    capsys: Capture, trained: Path, heading: str, words: list[str], row: bool
+) -> None:
+    section = DOCUMENTED.read_text(encoding="utf-8").split(f"### {heading}\n")[1].split("\n#")[0]
+    table = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = {key for cell in table for key in re.findall(r"`(\w+)`", cell)}
+    data = answer(capsys, *(str(trained) if word == "RUN" else word for word in words))
+    assert data["schema"] == 1
+    printed = set(data["rows"][0] if row else data["runs"][0] if "runs" in data else data)
+    assert printed - {"schema"} == documented
+
+
+# --- completion
+
+
+def test_completion_in_bash(capsys: Capture) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for line, expected in (
+        ("dpquant est", ["estimate"]),
+        ("dpquant hardware sh", ["show"]),
+        ("dpquant hardware show h1", ["h100"]),
+        ("dpquant estimate --hardware-", ["--hardware-dir"]),
+        ("dpquant formats nvf", ["nvfp4"]),
+        ("dpquant train dig", ["digits"]),
+    ):
+        words = line.split(" ")
+        ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _dpquant; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        done = subprocess.run([bash, "-c", script + ask], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == expected
+
+
+def test_completion_of_other_shells(capsys: Capture) -> None:
+    assert shown_wide(capsys, "completion", "zsh").startswith("#compdef dpquant")
+    assert "complete -c dpquant" in shown_wide(capsys, "completion", "fish")
+    assert "'fish'" in refused(capsys, "completion", "fsh")[1]
+
+
+def shown_wide(capsys: Capture, *words: str) -> str:
+    capsys.readouterr()
+    assert main(words) == 0
+    return capsys.readouterr().out

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if not found:
         raise InputError("no chip takes any of these formats", hint="name them with --hardware and --format")
     if out.form == "json":
-        out.json({"schema": 1, "rows": [row.to_json() for row in found]})
+        out.json({"rows": [row.to_json() for row in found]})
     elif args.by:
         _show_parts(args.by, found, out)
     else:

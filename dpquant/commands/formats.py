@@ -192,7 +192,7 @@ def _ranking(data: str, out: Output) -> int:
         raise InputError(f"--data {data!r} is neither a distribution nor a file", hint=hint)
     rows = [vars(row) for row in rank_formats(x)]
     if out.form == "json":
-        out.json({"schema": 1, "data": data, "count": x.numel(), "rows": rows})
+        out.json({"data": data, "count": x.numel(), "rows": rows})
         return 0
     columns = [
         Column(key="format", title="format"),
@@ -254,7 +254,7 @@ def _comparison(other: str, out: Output) -> int:
                 if "qtorch has no number" not in error.message:
                     raise  # the kernels cannot be built
     if out.form == "json":
-        out.json({"schema": 1, "rows": rows})
+        out.json({"rows": rows})
         return 0
     causes = list(rows[0]["by_cause"])
     flat = [row | row["by_cause"] for row in rows]

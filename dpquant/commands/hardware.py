@@ -241,7 +241,7 @@ def _validate(args: argparse.Namespace, out: Output) -> int:
     profile = profiles.load_profile(args.name, args.hardware_dir)
     rows = validate(profile, of_device(read_measurements(args.data), args.device or profile.name))
     if out.form == "json":
-        out.json({"schema": 1, "hardware": profile.name, "rows": rows})
+        out.json({"hardware": profile.name, "rows": rows})
         return 0
     columns = [
         Column(key="format", title="kernel"),
@@ -295,7 +295,7 @@ def _calibrate(args: argparse.Namespace, out: Output) -> int:
     if args.data:
         write_atomic(Path(args.data), measurements_csv(found.measurements).encode())
     if out.form == "json":
-        out.json({"schema": 1, "profile": args.out, "rows": list(found.rows), "notes": list(found.notes)})
+        out.json({"profile": args.out, "rows": list(found.rows), "notes": list(found.notes)})
         return 0
     table = [
         Column(key="format", title="kernel"),

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if out.form == "text":
             return 0
     if out.form == "json":
-        out.json({"schema": 1, "runs": [report.to_json(one) for one in runs]})
+        out.json({"runs": [report.to_json(one) for one in runs]})
     elif len(runs) > 1:
         out.table(report.comparison(runs))
         out.note(
