@@ -95,13 +95,12 @@ def clipped_sums(tape: Tape, factors: Tensor) -> dict[nn.Parameter, Tensor]:
         tape: after one backward of the summed loss.
         factors: [B]; an example whose factor is 0 contributes zero even where its gradient is not finite.
     """
-    return _weighted_sums(tape.combined(), factors)
+    return _weighted_sums(tape.combined(), factors, dropped=int((factors == 0).sum()))
 
 
-def _weighted_sums(contributions: list[Contribution], factors: Tensor) -> dict[nn.Parameter, Tensor]:
-    dropped = factors == 0
-    if bool(dropped.any()):  # 0 * NaN is NaN: the examples themselves must go
-        contributions = [c.without(dropped) for c in contributions]
+def _weighted_sums(contributions: list[Contribution], factors: Tensor, dropped: int) -> dict[nn.Parameter, Tensor]:
+    if dropped:  # 0 * NaN is NaN: the examples themselves must go
+        contributions = [c.without(factors == 0) for c in contributions]
     return {c.parameter: c.weighted_sum(factors) for c in contributions}
 
 
@@ -187,8 +186,9 @@ class PrivateOptimizer(DPOptimizer):
         if contributions and contributions[0].batch_size:
             norms = torch.stack([c.squared_norms().float() for c in contributions]).sum(0).sqrt()
             factors = clip_factors(norms, self.max_grad_norm)
-            self.nonfinite_examples += int((~torch.isfinite(norms)).sum())
-            sums = _weighted_sums(contributions, factors)
+            dropped = int((~torch.isfinite(norms)).sum())
+            self.nonfinite_examples += dropped
+            sums = _weighted_sums(contributions, factors, dropped)
         for p in self.params:
             if hasattr(p.summed_grad, "_processed"):
                 raise InputError("optimizer.step() twice on the same noisy gradient", hint="call optimizer.zero_grad()")

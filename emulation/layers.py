@@ -184,8 +184,7 @@ class _ThreeGemms(torch.autograd.Function):
             # private training throws the batch gradient away: it is never computed
             ctx.tape.append(LayerGradient(layer=ctx.layer, weight=gradient, bias=bias))
             return grad_x, None, None, None, None
-        total = gradient.total() if isinstance(gradient, WeightGradient) else gradient
-        grad_w = total.sum(0) if isinstance(gradient, Tensor) and total is not None else total
+        grad_w = gradient.sum(0) if isinstance(gradient, Tensor) else None if gradient is None else gradient.total()
         return grad_x, grad_w, None if bias is None else bias.sum(0), None, None
 
 
