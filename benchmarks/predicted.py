@@ -2,9 +2,9 @@
 
     python benchmarks/predicted.py [benchmarks/results/step_h200_tf32.json ...] [--hardware h200]
 
-Reads what `benchmarks/step.py --out` wrote. Emulated cases are left out: emulation is no hardware. The eager framework's
-own constants (`hwmodels.pricing`: two efficiencies, the host's time per kernel, step and layer) were fitted to the
-ResNet-18 and digits rows in `benchmarks/results`; everything else comes from public GEMM timings and from counting.
+Reads what `benchmarks/step.py --out` wrote. Emulated cases are left out: emulation is no hardware. The eager
+framework's own constants (`hwmodels.pricing`: two efficiencies, the host's time per kernel, step and layer) were fitted
+to the ResNet-18 and digits rows in `benchmarks/results`; everything else comes from public GEMM timings and counting.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ Counting only: nothing here knows a chip or a low-precision format. The four way
 - ``ghost``: norms from Gram matrices [T, T] of activations and output gradients (Goodfellow; Li et al. 2021), then a
   second backward pass of the reweighted loss.
 - ``mixed``: as ghost, but a layer's gradients are formed for the norm and dropped unless 2 T^2 < p d (Bu et al. 2022).
-- ``bookkeeping``: one backward pass, as this project does it (after Bu et al. 2023): from Gram matrices and one
-  batch-reduced product of what the backward pass left behind, or, where T^2 (p + d) > 128 p d, from gradients that are
-  formed and kept.
+- ``bookkeeping``: one backward pass (after Bu et al. 2023): norms the cheaper way, and the clipped sum as one
+  batch-reduced product of what the backward pass left behind, or from gradients that were formed and kept where that is
+  cheaper: eager, as this project does it, where T^2 (p + d) > 128 p d; fused, where T > 1024.
 
 ``framework="eager"`` counts what PyTorch and Opacus really do: a kernel per operation, tensor-core convolutions that
 turn channels-first tensors around and back, the batch gradient that autograd computes and Opacus throws away, unfolded
@@ -124,11 +124,19 @@ def forms_gradients(product: Product, options: StepOptions) -> bool:
         return options.eager and product.convolution
     if options.clipping == "mixed":
         return 2 * rows**2 >= inputs * outputs
-    return rows**2 * (inputs + outputs) > 128 * inputs * outputs
+    if options.eager:
+        return rows**2 * (inputs + outputs) > 128 * inputs * outputs
+    return rows * (inputs + outputs) >= inputs * outputs
 
 
 def keeps_gradients(product: Product, options: StepOptions) -> bool:
-    """Whether materialised per-example gradients are kept until the clip factors are known, and summed with them."""
+    """Whether materialised per-example gradients are kept until the clip factors are known, and summed with them.
+
+    A fused kernel can square them without writing them; to make them twice, 2 T p d operations, then costs less than to
+    write and read 8 p d bytes unless T is above four times a chip's operations per byte, some 250.
+    """
+    if options.clipping == "bookkeeping" and not options.eager:
+        return product.rows > 1024 and forms_gradients(product, options)
     return options.clipping in ("hooks", "bookkeeping") and forms_gradients(product, options)
 
 
@@ -149,9 +157,9 @@ def _clipped_product(
             tally.move(index, phase, 3 * gradients, 2 * count)
         if written:
             tally.move(index, "norm_and_clip", gradients * (1 + kept), count * (1 + kept))  # read: norms, weighted sum
-        return
-    _gram_norms(tally, index, product, options, examples, count)
-    if options.clipping == "bookkeeping":
+    else:
+        _gram_norms(tally, index, product, options, examples, count)
+    if options.clipping == "bookkeeping" and not kept:
         tally.gemm(index, "weight_gradient", product.weight_gradient(examples), GRADIENT_BYTES, count)
         if options.eager:  # the output gradients times their clip factors, written out
             tally.move(index, "norm_and_clip", 2.0 * width * examples * product.output_elements * count, count)

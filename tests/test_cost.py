@@ -126,10 +126,14 @@ def test_convolution_by_hand() -> None:
     close(layer_phase(work, "1", "norm_and_clip", clipping="mixed"), gram)
     # the 1x1 layer has T = 256: 2 T^2 > p d = 4096, so each example's gradient is made, squared and dropped
     close(layer_phase(work, "0", "norm_and_clip", clipping="mixed"), ((32 * 64 * 256) * 2 * 2) / 1e6)
-    # book-keeping keeps those gradients, T^2 (p + d) > 128 p d, and reads them once more for the weighted sum
+    # so does book-keeping, T (p + d) > p d, and makes the clipped sum anew from the same operands
+    close(layer_phase(work, "0", "norm_and_clip"), ((32 * 64 * 256) * 2 * 2) / 1e6)
+    close(layer_phase(work, "0", "weight_gradient"), ((32 * 64 * 256) * 2 * 2 + 4096 * 4) / 1e6)
+    # with T = 4096 it keeps them: written once, read for the norms and for the weighted sum
+    large = trace(nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), nn.Flatten()), torch.zeros(1, 64, 64, 64), 32)
     kept = 32 * 4096 * 4
-    close(layer_phase(work, "0", "weight_gradient"), ((32 * 64 * 256) * 2 * 2 + kept) / 1e6)
-    close(layer_phase(work, "0", "norm_and_clip"), 2 * kept / 1e6)
+    close(layer_phase(large, "0", "weight_gradient"), ((32 * 64 * 4096) * 2 * 2 + kept) / 1e6)
+    close(layer_phase(large, "0", "norm_and_clip"), 2 * kept / 1e6)
 
 
 def test_eager_convolution_by_hand() -> None:
