@@ -113,6 +113,16 @@ def live_line(record: EpochRecord, facts: RunFacts) -> str:
     )
 
 
+def status(record: EpochRecord, facts: RunFacts) -> str:
+    """What a progress bar says beside itself: epsilon spent and left, speedup against its target, examples a second."""
+    text = f"epsilon {record.epsilon:.2f}"
+    if facts.target_epsilon is not None:
+        text += f", {max(0.0, facts.target_epsilon - record.epsilon):.2f} left"
+    target = f" of {facts.target_speedup:g}x" if facts.target_speedup else ""
+    rate = f", {record.examples / record.wall_s:.0f} examples/s" if record.wall_s > 0 and record.examples else ""
+    return f"{text}; {record.speedup:.2f}x{target}{rate}"
+
+
 # --- afterwards
 
 

@@ -26,6 +26,7 @@ from typing import IO, Any, TypeVar, get_args, get_type_hints
 import yaml
 
 from emulation.errors import InputError
+from hwmodels.strict_yaml import load_yaml
 
 _CHECKPOINT_MAGIC = b"dpquant-checkpoint-1"
 _DEPENDENCIES = ("dpquant", "torch", "opacus", "qtorch", "numpy", "pyyaml", "rich")
@@ -86,9 +87,15 @@ class EpochRecord:
         """The record of one line.
 
         Raises:
-            InputError: not JSON, a key missing or unknown, or a value of the wrong type.
+            InputError: not JSON, a key missing or unknown, or a value of the wrong type or out of range.
         """
-        return _from_mapping(cls, _parse_object(line))
+        record = _from_mapping(cls, _parse_object(line))
+        for name in ("step_s", "baseline_step_s", "speedup"):
+            if not 0 < getattr(record, name) < math.inf:
+                raise InputError(f"{name}={getattr(record, name)} is not a finite number above 0")
+        if record.epoch < 1 or record.steps < 0:
+            raise InputError(f"epoch={record.epoch}, steps={record.steps} are no counts")
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,11 +268,7 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     start = _read_start(path)
-    config_path = path / "config.yaml"
-    try:
-        config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError("cannot be read as the run's configuration", file=config_path) from error
+    config, _ = load_yaml(path / "config.yaml")
     return Run(
         path=path,
         run_id=start["run_id"],

@@ -541,6 +541,42 @@ def test_train_refuses_before_anything_is_written(capsys: Capture, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_train_writes_event_files_where_tensorboard_is(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpquant.commands import train as command
+
+    seen: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder.endswith("run/tensorboard")
+
+        def __enter__(self) -> "Writer":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            seen.append((name, value, epoch))
+
+        def flush(self) -> None:
+            pass
+
+    config = write_config(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    error, hint = refused(capsys, "train", str(config), "--out", str(tmp_path / "run"), "--tensorboard")
+    assert "tensorboard" in error
+    assert "pip install" in hint
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(command, "_summary_writer", lambda: Writer)
+    assert main(["train", str(config), "--out", str(tmp_path / "run"), "--tensorboard", "--quiet"]) == 0
+    names = {name for name, _, _ in seen}
+    assert {"epsilon", "speedup", "test_accuracy", "layers_quantized"} <= names
+    assert {epoch for _, _, epoch in seen} == {1, 2}
+
+
 def test_train_refuses_a_folder_in_use(capsys: Capture, trained: Path) -> None:
     error, hint = refused(capsys, "train", str(trained.parent / "tiny.yaml"), "--out", str(trained))
     assert "not empty" in error

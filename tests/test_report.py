@@ -159,6 +159,14 @@ def test_live_line_fits_and_lines_up() -> None:
         assert line.index("x") == report.LIVE_HEADER.index("p  energy")
 
 
+def test_status_says_what_is_left() -> None:
+    line = report.status(record(2, examples=300), facts())
+    assert line == "epsilon 2.00, 6.00 left; 1.50x of 1.5x, 100 examples/s"
+    assert (
+        report.status(record(1, wall_s=0.0), facts(target_epsilon=None, target_speedup=None)) == "epsilon 1.00; 1.50x"
+    )
+
+
 def test_comparison_marks_the_best_and_gives_differences() -> None:
     runs = [run([record(1, test_accuracy=a)]) for a in (0.8, 0.85, 0.7)]
     table = report.comparison(runs)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dpquant import report
+from dpquant.page import page
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder, load_checkpoint, load_run, write_atomic
 from emulation.errors import InputError
 
@@ -245,6 +247,49 @@ def test_write_atomic_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(InputError, match="cannot be written"):
         write_atomic(tmp_path / "none" / "file", b"x")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["run.json", "records.jsonl", "config.yaml"]),
+    place=st.floats(0, 1),
+    junk=st.binary(max_size=6)
+    | st.sampled_from([b'"', b"}", b"\n", b"null", b"-1", b"1e999", b"[", b"\xff", b"&a [*a]"]),
+    drop=st.integers(0, 12),
+)
+def test_a_damaged_folder_is_read_or_refused(tmp_path: Path, name: str, place: float, junk: bytes, drop: int) -> None:
+    path = tmp_path / "run"
+    if not path.exists():
+        started(path)
+    whole = (path / name).read_bytes()
+    start = round(place * len(whole))
+    refused = None
+    try:
+        (path / name).write_bytes(whole[:start] + junk + whole[start + drop :])
+        run = load_run(path)
+        report.report(run)
+        report.to_json(run)
+        page([run])
+    except InputError as error:
+        refused = error
+    finally:
+        (path / name).write_bytes(whole)
+    if refused is not None:
+        assert str(refused.file).startswith(str(path))
+        assert "\n" not in str(refused)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    path = started(tmp_path / "run")
+    for name in ("records.jsonl", "config.yaml", "run.json"):
+        whole = (path / name).read_bytes()
+        (path / name).unlink()
+        (path / name).mkdir()
+        with pytest.raises(InputError, match=name):
+            load_run(path)
+        (path / name).rmdir()
+        (path / name).write_bytes(whole.replace(b"\n", b"\r\n"))
+        load_run(path)  # Windows line ends
 
 
 def test_reading_needs_no_torch(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a shipped one: digits, ...")
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/NAME-DATE-TIME")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--tensorboard", action="store_true", help="also write event files into the run folder")
     changes = parser.add_argument_group("in place of what the configuration says")
     for name, (_, kind, text) in _OVERRIDES.items():
         changes.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if (args.config is None) == (args.resume is None):
         raise InputError("give a CONFIG, or --resume RUN", hint="dpquant train digits is the demonstration")
     given = {name: value for name in _OVERRIDES if (value := getattr(args, name)) is not None}
+    if args.tensorboard:
+        _summary_writer()  # refused now rather than after the first epoch
     if args.resume is not None and (given or args.out):
         option = "--out" if args.out else f"--{next(iter(given)).replace('_', '-')}"
         raise InputError(f"{option} cannot change a run that is resumed", hint="start a new one")
@@ -141,7 +144,29 @@ def _talk(records: Iterator[EpochRecord], facts: RunFacts, folder: RunFolder, ou
             for record in records:
                 if not out.quiet:
                     console.print(report.live_line(record, facts), soft_wrap=True)
-                progress.update(task, completed=record.epoch)
+                progress.update(task, completed=record.epoch, description=report.status(record, facts))
     except KeyboardInterrupt:
         out.say(f"stopped; go on with: dpquant train --resume {folder.path}")
         raise
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs the package tensorboard", hint="pip install tensorboard") from error
+    return SummaryWriter
+
+
+def _with_events(records: Iterator[EpochRecord], path: Path) -> Iterator[EpochRecord]:
+    """The records as they come, each also written as TensorBoard scalars."""
+    with _summary_writer()(str(path / "tensorboard")) as writer:
+        for record in records:
+            for name, value in vars(record).items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    writer.add_scalar(name, value, record.epoch)
+            for layer, value in (record.sensitivities or {}).items():
+                writer.add_scalar(f"sensitivity/{layer}", value, record.epoch)
+            writer.add_scalar("layers_quantized", len(record.quantized), record.epoch)
+            writer.flush()
+            yield record
