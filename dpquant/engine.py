@@ -202,7 +202,7 @@ class DPQuantEngine:
             size=self._examples,
             sample_rate=self.sample_rate,
             root=self._root,
-            steps=lambda: range(self.step, (self.epoch + 1) * self.steps_per_epoch),
+            steps=lambda: range(self.step, min((self.epoch + 1) * self.steps_per_epoch, self.last_step)),
             inside=lambda inside: self._quantize(self._plan if inside else {}),
         )
         self._loader = private_loader(
@@ -286,7 +286,7 @@ class DPQuantEngine:
         if (target_epsilon is None) == (noise_multiplier is None):
             raise InputError("give one of target_epsilon and noise_multiplier")
         self.target_epsilon = target_epsilon
-        steps = self.epochs_planned * self.steps_per_epoch
+        self.last_step = steps = self.epochs_planned * self.steps_per_epoch
         planned = self.analysis_event(self.analyses_planned) if self.analyses_planned else None
         if noise_multiplier is None:
             assert target_epsilon is not None
@@ -309,8 +309,9 @@ class DPQuantEngine:
         """The epochs that are left: each analyses if one is due, draws its layers, and turns quantization on.
 
         Quantization is on while the loader is iterated and off between: evaluate inside the loop, in full precision.
+        Ends early, after the last affordable step, where a stopped run had to count steps twice.
         """
-        while self.epoch < self.epochs_planned:
+        while self.epoch < self.epochs_planned and self.step < self.last_step:
             started = time.perf_counter()
             analysed = self._due(self.epoch)
             if analysed:
@@ -327,7 +328,7 @@ class DPQuantEngine:
                 analysis_wall_s=time.perf_counter() - started if analysed else 0.0,
             )
             self.epoch += 1
-            self.step = self.epoch * self.steps_per_epoch
+            self.step = min(self.epoch * self.steps_per_epoch, self.last_step)
 
     def estimate(self, plan: Mapping[str, str], basis: Basis | None = None) -> cost.Estimate:
         """Modelled time, energy and memory of one step under ``plan``, analyses not included."""
@@ -403,8 +404,9 @@ class DPQuantEngine:
             append: puts one event on record.
         """
         self._append = append
-        if next(self._module.parameters()).device.type != "cpu":
+        if not self._repeats_to_the_bit():
             self.ledger = written
+            self._stop_within_budget()
             return
         ahead = {m: written.steps(m) - self.ledger.steps(m) for m in ("training", "analysis")}
         if min(ahead.values()) < 0:
@@ -418,6 +420,23 @@ class DPQuantEngine:
     def _due(self, epoch: int) -> bool:
         probes = self.scheduler == "dpquant" and self.analysis.estimator != "released"
         return probes and epoch % self.analysis.interval == 0
+
+    def _repeats_to_the_bit(self) -> bool:
+        return next(self._module.parameters()).device.type == "cpu"
+
+    def _stop_within_budget(self) -> None:
+        """Moves the last step to where the target is spent, if steps were counted twice; due analyses stay paid for."""
+        if self.target_epsilon is None or self.step >= self.last_step:
+            return
+        due = sum(self._due(epoch) for epoch in range(self.epoch, self.epochs_planned))
+        reserved = self.ledger.record(self.analysis_event(due)) if due else self.ledger
+        self.last_step = self.step + privacy.steps_within(
+            reserved,
+            self._training_event(self.last_step - self.step),
+            target_epsilon=self.target_epsilon,
+            target_delta=self.delta,
+            accountant=self.accountant,
+        )
 
     def _training_event(self, steps: int) -> privacy.PrivacyEvent:
         return privacy.PrivacyEvent(
@@ -440,7 +459,7 @@ class DPQuantEngine:
         self.ledger = self.ledger.record(event)
 
     def _before_noise(self) -> torch.Generator:
-        if self.step >= self.epochs_planned * self.steps_per_epoch:
+        if self.step >= self.last_step:
             raise RuntimeError(f"all {self.step} planned steps are taken: a further one would exceed the budget")
         self._spend(self._training_event(1))
         generator = stream(self._root, "noise", self.step, device=next(self._module.parameters()).device)

@@ -152,7 +152,7 @@ def train(training: Training, folder: RunFolder) -> Iterator[EpochRecord]:
         loss_value, accuracy = evaluate(module, training.splits.test)
         record = EpochRecord(
             **_modelled(engine, epoch),
-            steps=engine.steps_per_epoch,
+            steps=engine.step - epoch.index * engine.steps_per_epoch,
             noise_multiplier=engine.noise_multiplier,
             epsilon=engine.epsilon(),
             epsilon_analysis=privacy.epsilon(engine.ledger.only("analysis"), engine.delta, engine.accountant),

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dpquant import privacy
 from dpquant.analysis import probe
 from dpquant.engine import DPQuantEngine
 from dpquant.sensitivity import AnalysisSettings, loss_differences, single_layer_policies
@@ -137,3 +138,39 @@ def test_a_sample_in_parts_releases_what_it_would_whole():
     assert torch.allclose(found, expected, atol=1e-6)
     empty = probe(module, losses, sample[:0], collate, policies, settings, torch.Generator(), max_grad_norm=1.0)
     assert empty.tolist() == [0.0, 0.0]
+
+
+def test_steps_counted_twice_end_the_run_at_the_last_affordable_one(monkeypatch):
+    def budgeted():
+        engine = DPQuantEngine(
+            hardware="b200", basis="peak", fraction=0.5, seed=0, accountant="rdp",
+            analysis=AnalysisSettings(interval=2, expected_batch_size=24, noise_multiplier=4.0),
+        )  # fmt: skip
+        module = network()
+        parts = engine.make_private(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            criterion=nn.CrossEntropyLoss(),
+            data_loader=DataLoader(data(), batch_size=BATCH),
+            target_epsilon=8.0,
+            target_delta=1e-3,
+            epochs=4,
+            max_grad_norm=1.0,
+            sample_rate=BATCH / SIZE,
+            expected_batch_size=BATCH,
+        )
+        return engine, parts
+
+    monkeypatch.setattr(DPQuantEngine, "_repeats_to_the_bit", lambda self: False)
+    stopped, parts = budgeted()
+    run(stopped, parts, stop_after=1)
+    crashed = stopped.ledger.record(stopped._training_event(4))  # four steps of the third epoch, after the checkpoint
+    resumed, parts = budgeted()
+    resumed.load_state(stopped.state(2))
+    resumed.write_ahead(crashed, lambda event: None)
+    epochs = run(resumed, parts)
+    assert resumed.step == resumed.last_step < 4 * resumed.steps_per_epoch
+    assert resumed.epsilon() <= 8.0
+    one_more = resumed.ledger.record(resumed._training_event(1))
+    assert len(epochs) == 2
+    assert privacy.epsilon(one_more, 1e-3, "rdp") > 8.0
