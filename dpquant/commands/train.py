@@ -63,6 +63,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.say(f"{args.resume} is complete")
     else:
         folder, facts, records = _resumed(args.resume, out) if args.resume else _started(args, given, out)
+        if args.tensorboard:
+            records = _with_events(records, folder.path)
         with folder:
             _talk(records, facts, folder, out)
         finished = load_run(folder.path)
