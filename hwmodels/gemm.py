@@ -102,6 +102,7 @@ def gemm_seconds(
     profile: HardwareProfile,
     batch: int = 1,
     quantize: bool = True,
+    kernel: str | None = None,
 ) -> float:
     """Seconds of ``batch`` products [m, k] x [k, n] in one kernel.
 
@@ -115,14 +116,15 @@ def gemm_seconds(
         batch: products of this size in one launch.
         quantize: whether the activation arrives in bfloat16 and is quantized first, as published timings of dynamic
             quantization include it; False: both operands are in their format already.
+        kernel: key of ``params.kernels``; None: the one that times the format.
 
     Raises:
         InputError: a size is below 1.
     """
-    kernel = params.kernels[kernel_of(rate, params)]
+    constants = params.kernels[kernel or kernel_of(rate, params)]
     rates = gemm_rates(rate, profile)
-    seconds = kernel_seconds(m, n, k, kernel, rates, batch=batch)
-    return seconds + quantize_seconds(batch * m * k, kernel, rates) if quantize else seconds
+    seconds = kernel_seconds(m, n, k, constants, rates, batch=batch)
+    return seconds + quantize_seconds(batch * m * k, constants, rates) if quantize else seconds
 
 
 def kernel_seconds(m: int, n: int, k: int, kernel: KernelCalibration, rates: GemmRates, *, batch: int = 1) -> float:

@@ -8,9 +8,9 @@ from hwmodels.gemm import GemmRates, gemm_rates, kernel_of
 from hwmodels.profile import HardwareProfile
 
 
-def moved_bytes(m: int, n: int, k: int, kernel: KernelCalibration, rates: GemmRates) -> float:
-    """Bytes between chip and memory of a product [m, k] x [k, n], its activation's quantization included."""
-    passes = kernel.quantize
+def moved_bytes(m: int, n: int, k: int, kernel: KernelCalibration, rates: GemmRates, *, quantize: bool = True) -> float:
+    """Bytes between chip and memory of a product [m, k] x [k, n], its activation's quantization included or not."""
+    passes = kernel.quantize if quantize else None
     per_activation = rates.operand_bytes
     if passes is not None:  # bfloat16 read and codes written, and read once more where the largest value comes first
         per_activation += 2.0 + rates.operand_bytes + (2.0 if passes.amax_bandwidth_efficiency is not None else 0.0)
@@ -38,8 +38,10 @@ def joules_per_flop(kernel: str, power: PowerCalibration, profile: HardwareProfi
     return power.joules_per_flop["bfloat16"] * ratio
 
 
-def board_power(m: int, n: int, k: int, seconds: float, kernel: str, profile: HardwareProfile) -> float:
-    """Board watts during products [m, k] x [k, n] that take ``seconds`` each, back to back.
+def board_power(
+    m: int, n: int, k: int, seconds: float, kernel: str, profile: HardwareProfile, *, quantize: bool = True
+) -> float:
+    """Board watts during products [m, k] x [k, n] that take ``seconds`` each, back to back, quantization in it or not.
 
     Raises:
         InputError: the profile has no fitted power.
@@ -49,7 +51,7 @@ def board_power(m: int, n: int, k: int, seconds: float, kernel: str, profile: Ha
         raise InputError(f"{profile.name} has no fitted power")
     rate = profile.rate(KERNELS[kernel])
     constants = calibration.kernels.get(kernel) or calibration.kernels[kernel_of(rate, calibration)]
-    moved = moved_bytes(m, n, k, constants, gemm_rates(rate, profile))
+    moved = moved_bytes(m, n, k, constants, gemm_rates(rate, profile), quantize=quantize)
     dynamic_j = joules_per_flop(kernel, calibration.power, profile) * 2.0 * m * n * k
     dynamic_j += calibration.power.joules_per_byte * moved
     return capped_power(dynamic_j, seconds, profile.power.limit_w, calibration.power)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format, get_format
-from hwmodels.calibration import GemmCalibration, calibration_from
+from hwmodels.calibration import KERNELS, GemmCalibration, calibration_from
 from hwmodels.gemm import gemm_seconds
 from hwmodels.profile_lints import family_lints
 from hwmodels.profile_yaml import family_of, find_profile, profile_files, read_profile
@@ -157,6 +157,7 @@ class HardwareProfile:
             n: columns of the second.
             k: the length of the sums.
             format: of both operands; one that this chip has no rate for is an error, never another one's time.
+                ``fp8_block`` is E4M3 in blocks of 128 x 128 (activations: 1 x 128), scales applied in software.
             basis: ``peak``: a roofline on published peaks, ``max(2mnk / peak, bytes / bandwidth)``, where operands are
                 read once at the format's width, scales included, and the result is written once (float32 for float32
                 and tfloat32 operands, else 2 bytes). ``calibrated``: the model of ``hwmodels.gemm`` fitted to
@@ -164,10 +165,12 @@ class HardwareProfile:
                 profile has a calibration, else ``peak``.
 
         Raises:
-            InputError: a size below 1, a format without rate, or ``calibrated`` where the profile has no calibration.
+            InputError: a size below 1, a format without rate, or ``calibrated`` where the profile has no calibration
+                (``fp8_block``: none of that kernel).
         """
         m, n, k = (_size(name, size) for name, size in (("m", m), ("n", n), ("k", k)))
-        rate = self.rate(format)
+        kernel = "fp8_block" if format == "fp8_block" else None  # a kernel, no format: its elements are E4M3
+        rate = self.rate(KERNELS[kernel] if kernel else format)
         if basis is None:
             basis = "peak" if self.calibration is None else "calibrated"
         if basis == "peak":
@@ -177,7 +180,10 @@ class HardwareProfile:
         if self.calibration is None:
             hint = "basis='peak' gives the roofline on published peaks"
             raise InputError(f"{self.name} has no calibration", hint=hint)
-        return float(gemm_seconds(m, n, k, params=self.calibration, rate=rate, profile=self))
+        if kernel and (rate.falls_back_to or kernel not in self.calibration.kernels):
+            hint = "measured: " + ", ".join(self.calibration.kernels)
+            raise InputError(f"{self.name} has no calibration of format={kernel!r}", hint=hint)
+        return float(gemm_seconds(m, n, k, params=self.calibration, rate=rate, profile=self, kernel=kernel))
 
     def _roofline_seconds(self, m: int, n: int, k: int, rate: FormatRate) -> float:
         moved = (m * k + k * n) * stored_bytes(rate.falls_back_to or rate.format)

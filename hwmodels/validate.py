@@ -18,13 +18,23 @@ from hwmodels.power import board_power
 from hwmodels.profile import HardwareProfile
 
 COLUMNS = ("gemm_dtype", "m", "n", "k", "latency_us")
+QUANTIZATION = {"": True, "included": True, "excluded": False}
 WORST = 5  # cases listed per format
 SETTLED_S = 100e-6  # shorter products are rarely run long enough for a board's averaged power to settle
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One measured product [m, k] x [k, n]: chip (None: not said), key of ``KERNELS``, seconds, board watts or None."""
+    """One measured product [m, k] x [k, n].
+
+    Attributes:
+        device: the chip; None: not said.
+        gemm_dtype: key of ``KERNELS``.
+        m, n, k: its sizes.
+        seconds: its time.
+        power_w: board watts meanwhile; None: not measured.
+        quantized: whether the time includes turning the bfloat16 activation into the format; False: the product alone.
+    """
 
     device: str | None
     gemm_dtype: str
@@ -33,12 +43,14 @@ class Measurement:
     k: int
     seconds: float
     power_w: float | None = None
+    quantized: bool = True
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:
-    """The rows of a CSV file, plain or gzip: columns gemm_dtype, m, n, k, latency_us, and device and power or not.
+    """The rows of a CSV file, plain or gzip: gemm_dtype, m, n, k, latency_us, and device, power, quantization or not.
 
-    Other columns are ignored.
+    ``quantization`` says whether latencies have the activation's quantization ``included`` (so too where nothing is
+    said) or ``excluded``. Other columns are ignored.
 
     Raises:
         InputError: the file is not readable, has no rows or lacks a column; a value is not what its column holds
@@ -89,7 +101,9 @@ def _parsed(stream: TextIO, file: Path) -> Iterator[Measurement]:
 def _measurement(row: dict[str, str]) -> Measurement:
     if row["gemm_dtype"] not in KERNELS:
         raise InputError(f"unknown gemm_dtype={row['gemm_dtype']!r}", hint=suggestion(row["gemm_dtype"], KERNELS))
-    power = row.get("power", "")
+    power, quantization = row.get("power", ""), row.get("quantization", "")
+    if quantization not in QUANTIZATION:
+        raise InputError(f"unknown quantization={quantization!r}", hint="included or excluded")
     return Measurement(
         device=row.get("device") or None,
         gemm_dtype=row["gemm_dtype"],
@@ -98,6 +112,7 @@ def _measurement(row: dict[str, str]) -> Measurement:
         k=_size(row, "k"),
         seconds=_positive(row, "latency_us") * 1e-6,
         power_w=_positive(row, "power") if power else None,
+        quantized=QUANTIZATION[quantization],
     )
 
 
@@ -140,7 +155,10 @@ def of_device(rows: Sequence[Measurement], name: str) -> list[Measurement]:
 
 
 def predicted_seconds(profile: HardwareProfile, row: Measurement) -> float:
-    """Seconds of a measured product as the profile predicts it, dynamic quantization included; peak if uncalibrated."""
+    """Seconds of a measured product as the profile predicts it, dynamic quantization included where the row has it.
+
+    On peak rates where the profile has no calibration.
+    """
     rate = profile.rate(KERNELS[row.gemm_dtype])
     calibration = profile.calibration
     if calibration is None:
@@ -148,7 +166,8 @@ def predicted_seconds(profile: HardwareProfile, row: Measurement) -> float:
     own = row.gemm_dtype in calibration.kernels and rate.falls_back_to is None
     kernel = calibration.kernels[row.gemm_dtype if own else kernel_of(rate, calibration)]
     rates = gemm_rates(rate, profile)
-    return kernel_seconds(row.m, row.n, row.k, kernel, rates) + quantize_seconds(row.m * row.k, kernel, rates)
+    seconds = kernel_seconds(row.m, row.n, row.k, kernel, rates)
+    return seconds + quantize_seconds(row.m * row.k, kernel, rates) if row.quantized else seconds
 
 
 def validate(profile: HardwareProfile, rows: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -227,13 +246,17 @@ def _power_errors(
     for index in known:
         row, seconds = rows[index], predicted[index]
         watts.append(row.power_w or 0.0)
-        watts_predicted.append(board_power(row.m, row.n, row.k, row.seconds, gemm_dtype, profile))
+        watts_predicted.append(_predicted_watts(profile, row, row.seconds))
         joules.append(watts[-1] * row.seconds)
-        joules_predicted.append(board_power(row.m, row.n, row.k, seconds, gemm_dtype, profile) * seconds)
+        joules_predicted.append(_predicted_watts(profile, row, seconds) * seconds)
     return {
         "power_mape_percent": sum(_percent_off(watts_predicted, watts)) / len(known),
         "energy_mape_percent": sum(_percent_off(joules_predicted, joules)) / len(known),
     }
+
+
+def _predicted_watts(profile: HardwareProfile, row: Measurement, seconds: float) -> float:
+    return board_power(row.m, row.n, row.k, seconds, row.gemm_dtype, profile, quantize=row.quantized)
 
 
 def _percent_off(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:

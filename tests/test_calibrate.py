@@ -40,6 +40,7 @@ def test_this_machines_cpu_becomes_a_profile(tmp_path: Path, monkeypatch: pytest
     table = tmp_path / "timed.csv"
     table.write_text(measurements_csv(found.measurements))
     assert [row.m for row in read_measurements(table)] == [row.m for row in found.measurements]
+    assert not any(row.quantized for row in read_measurements(table))  # products of operands in their format already
     assert any(note.startswith("fp8: not measured") for note in found.notes)
     assert any(note.startswith("energy: not measured") for note in found.notes)
     assert seen[-1] == ("done", 1.0)

@@ -39,6 +39,7 @@ def test_quantization_moves_bytes_too() -> None:
     assert moved_bytes(10, 20, 30, KERNEL, rates) == 10 * 30 + 30 * 20 + 2 * 10 * 20
     two = replace(KERNEL, quantize=PASSES)
     assert moved_bytes(10, 20, 30, two, rates) == 10 * 30 * (1 + 2 + 3) + 30 * 20 + 2 * 10 * 20
+    assert moved_bytes(10, 20, 30, two, rates, quantize=False) == moved_bytes(10, 20, 30, KERNEL, rates)
     one = replace(KERNEL, quantize=replace(PASSES, amax_s=0.0, amax_bandwidth_efficiency=None))
     assert moved_bytes(10, 20, 30, one, rates) == 10 * 30 * (1 + 3) + 30 * 20 + 2 * 10 * 20
 

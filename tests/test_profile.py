@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from emulation.errors import InputError
 from emulation.formats import FORMATS, get_format
 from hwmodels.profile import check, describe, list_profiles, load_profile, stored_bytes
+from hwmodels.validate import Measurement, predicted_seconds
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "hardware"
 H100 = load_profile("h100")
@@ -133,6 +134,21 @@ def test_unknown_basis_and_no_calibration() -> None:
     with pytest.raises(InputError, match="tpu_v5e has no calibration"):
         load_profile("tpu_v5e").gemm_seconds(1, 1, 1, "bf16", basis="calibrated")
     assert load_profile("tpu_v5e").gemm_seconds(64, 64, 64, "bf16") > 0  # the roofline, where there is nothing better
+
+
+def test_the_block_scaled_kernel_is_priced_by_its_name_where_it_was_measured() -> None:
+    seconds = B200.gemm_seconds(512, 4096, 4096, "fp8_block")
+    measured = Measurement(device=None, gemm_dtype="fp8_block", m=512, n=4096, k=4096, seconds=1.0)
+    assert seconds == predicted_seconds(B200, measured)
+    assert seconds != B200.gemm_seconds(512, 4096, 4096, "fp8")
+    assert load_profile("gb200").gemm_seconds(512, 4096, 4096, "fp8_block") > 0  # a borrowed calibration has it too
+    peak = H100.gemm_seconds(512, 4096, 4096, "fp8_block", basis="peak")
+    assert peak == H100.gemm_seconds(512, 4096, 4096, "fp8", basis="peak")
+    with pytest.raises(InputError, match="a100 has no calibration of format='fp8_block'") as caught:
+        load_profile("a100").gemm_seconds(512, 4096, 4096, "fp8_block")
+    assert caught.value.hint == "measured: bfloat16"
+    with pytest.raises(InputError, match="tpu_v5p has no calibration"):
+        load_profile("tpu_v5p").gemm_seconds(512, 4096, 4096, "fp8_block", basis="calibrated")
 
 
 SIZE = st.integers(1, 1 << 17)

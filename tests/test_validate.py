@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from emulation.errors import InputError
+from hwmodels.gemm import gemm_seconds
 from hwmodels.power import board_power
 from hwmodels.profile import load_profile
 from hwmodels.validate import Measurement, of_device, predicted_seconds, rank_correlation, read_measurements, validate
@@ -56,6 +57,7 @@ def test_columns_may_be_in_any_order_and_more(tmp_path: Path) -> None:
         (HEADER + "a,fp8,1,2,3,nan,5\n", "latency_us='nan' is not above 0", 2),
         (HEADER + "a,fp8,1,2,3,4,-5\n", "power='-5' is not above 0", 2),
         (HEADER + "a,fp8,1,2,3\n", "5 values for 7 columns", 2),
+        ("quantization," + HEADER + "none,a,fp8,1,2,3,4,5\n", "unknown quantization='none'", 2),
     ],
 )
 def test_what_is_wrong_is_named_by_file_and_line(tmp_path: Path, text: str, message: str, line: int | None) -> None:
@@ -82,6 +84,26 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     odd.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot read"):
         read_measurements(odd)
+
+
+def test_rows_say_whether_they_have_the_quantization_in_them(tmp_path: Path) -> None:
+    lines = ["gemm_dtype,m,n,k,latency_us,quantization"]
+    lines += [f"fp8,64,512,512,10,{word}" for word in ("", "included", "excluded")]
+    rows = read_measurements(table(tmp_path, "\n".join(lines) + "\n"))
+    assert [one.quantized for one in rows] == [True, True, False]
+
+
+def test_the_product_alone_is_compared_with_the_product_alone() -> None:
+    profile = load_profile("h200")
+    whole = row(None, gemm_dtype="fp8")
+    alone = replace(whole, quantized=False)
+    rate = profile.rate("fp8")
+    assert profile.calibration is not None
+    product = gemm_seconds(64, 512, 512, params=profile.calibration, rate=rate, profile=profile, quantize=False)
+    assert predicted_seconds(profile, whole) == profile.gemm_seconds(64, 512, 512, "fp8")
+    assert predicted_seconds(profile, alone) == product < predicted_seconds(profile, whole)
+    (line,) = validate(profile, [replace(alone, seconds=product)])
+    assert line["mape_percent"] == pytest.approx(0.0, abs=1e-9)
 
 
 def row(device: str | None, m: int = 64, gemm_dtype: str = "bfloat16", seconds: float = 1e-5) -> Measurement:
