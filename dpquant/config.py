@@ -62,6 +62,7 @@ SPECIFICATION = Fields(
                 "epochs": Number(minimum=1, integer=True),
                 "batch_size": Number(minimum=1, integer=True, doc="expected size of a Poisson batch: a public number"),
                 "dataset_size": replace(_COUNT, doc="declared number of examples, public; default: the data's"),
+                "device": Text(choices=("cpu", "cuda"), doc="where it trains; the data stay there", required=False),
                 "max_physical_batch_size": replace(_COUNT, doc="larger batches are processed in parts"),
                 "optimizer": Text(choices=_OPTIMIZERS, required=False),
                 "learning_rate": Number(above=0),
@@ -165,6 +166,7 @@ _DEFAULTS: dict[str, Any] = {
     "schedule": {"target_speedup": None, "fraction": None, "beta": 200.0},
     "training": {
         "dataset_size": None,
+        "device": "cpu",
         "max_physical_batch_size": None,
         "optimizer": "sgd",
         "momentum": 0.0,

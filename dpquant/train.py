@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from dpquant.engine import DPQuantEngine, Epoch
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder
 from dpquant.sensitivity import AnalysisSettings
 from dpquant.streams import fresh_root, stream_seed
+from emulation.errors import InputError
 from emulation.precision import layer_precision
 from hwmodels import cost
 from hwmodels.profile import load_profile
@@ -67,6 +68,9 @@ def prepare(
     if splits is None:
         with config.at("data"):
             splits = load_data(DataSettings(**config["data"]))
+    with config.at("training", "device"):
+        device = _device(settings["device"])
+    splits = replace(splits, train=_on(splits.train, device), test=_on(splits.test, device))
     size = len(splits.train)
     if settings["batch_size"] > size:
         message = f"batch_size={settings['batch_size']} is larger than the data ({size} training examples)"
@@ -78,7 +82,7 @@ def prepare(
     if root is None:
         root = fresh_root() if config["seed"] is None else stream_seed(config["seed"], "root")
     model = _model(config, splits, root)
-    model = model if adapt is None else adapt(model)
+    model = (model if adapt is None else adapt(model)).to(device)
     with config.at("hardware", "profile"):
         profile = load_profile(config["hardware"]["profile"])
     with config.at("format"):
@@ -217,6 +221,16 @@ def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
         return models.build_model(name, **options)
 
 
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={name!r}: torch {torch.__version__} sees no CUDA device", hint="use device: cpu")
+    return torch.device(name)
+
+
+def _on(data: TensorDataset, device: torch.device) -> TensorDataset:
+    return TensorDataset(*(t.to(device) for t in data.tensors))
+
+
 def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     settings = config["training"]
     options = {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}
@@ -289,7 +303,7 @@ def _modelled(engine: DPQuantEngine, epoch: Epoch) -> dict[str, Any]:
 def _restore(training: Training, folder: RunFolder) -> None:
     """Sets the run to where its folder says it stopped, and makes its ledger write-ahead from here on."""
     engine = training.engine
-    state = folder.load_checkpoint()
+    state = folder.load_checkpoint(map_location=training.config["training"]["device"])
     if state is not None:
         training.model.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
