@@ -32,9 +32,10 @@ NOISE_FLOPS = 50  # float32 operations of one Gaussian draw: Philox 4x32-10, log
 
 def demand(workload: Workload, options: StepOptions) -> Demand:
     """Count one step's products, bytes and kernels; quantization passes aside, which depend on format and chip."""
-    if options not in workload.memo:
-        workload.memo[options] = _counted(workload, options)
-    found: Demand = workload.memo[options]
+    key = (options, workload.batch_size)
+    if key not in workload.memo:
+        workload.memo[key] = _counted(workload, options)
+    found: Demand = workload.memo[key]
     return found
 
 

@@ -6,7 +6,7 @@ Every quantity is per example, so that one trace serves any batch size. Products
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -233,7 +233,7 @@ class Workload:
         parameters: trainable elements.
         frozen_parameters: elements that are not trained.
         uncounted: what the trace met and could only guess or leave out, in words.
-        memo: what was counted of it before, so that many chips and formats share the counting.
+        memo: what was counted of it before, so that chips, formats and batch sizes share the counting.
     """
 
     layers: tuple[LayerWork, ...]
@@ -258,8 +258,11 @@ class Workload:
         return tuple(layer.name for layer in self.layers if layer.quantizable)
 
     def at(self, batch_size: int) -> Workload:
-        """The same step on another number of examples."""
-        return dataclasses.replace(self, batch_size=batch_size)
+        """The same step on another number of examples; what was counted before is shared."""
+        check_batch_size(batch_size)
+        other = copy.copy(self)
+        object.__setattr__(other, "batch_size", batch_size)
+        return other
 
     @property
     def forward_flops(self) -> int:
