@@ -34,6 +34,7 @@ _OVERRIDES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "epochs": (("training", "epochs"), int, "epochs"),
     "target_epsilon": (("privacy", "target_epsilon"), float, "budget of training and analyses together"),
     "data_root": (("data", "root"), str, "folder of the data set's files"),
+    "device": (("training", "device"), str, "cpu or cuda"),
     "seed": (("seed",), int, "root of all random streams"),
 }
 
