@@ -14,7 +14,7 @@ from dpquant import __version__
 from dpquant.render import Output
 from emulation.errors import InputError, suggestion
 
-COMMANDS = ("estimate", "formats", "hardware", "privacy", "train", "report", "audit", "completion")
+COMMANDS = ("estimate", "formats", "hardware", "privacy", "train", "sweep", "report", "audit", "completion")
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
