@@ -343,8 +343,10 @@ def trace_module(module: nn.Module, example_input: Any, batch_size: int) -> Work
     traced = max(batch_size, 2)  # at one example nothing tells the batch from any other dimension
     inputs = _on_meta(example_input, traced)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    held = [*module.parameters(), *module.buffers()]
+    shapes_only = all(t.is_meta for t in held)
     parameters = {
-        name: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        name: p if shapes_only else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for name, p in module.named_parameters()
     }
     buffers = {name: torch.empty_like(b, device="meta") for name, b in module.named_buffers()}
@@ -360,7 +362,10 @@ def trace_module(module: nn.Module, example_input: Any, batch_size: int) -> Work
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda t: t))
         stack.enter_context(recorder)
         try:
-            output = torch.func.functional_call(module, {**parameters, **buffers}, inputs)
+            if shapes_only:
+                output = module(*inputs)
+            else:
+                output = torch.func.functional_call(module, {**parameters, **buffers}, inputs)
             _loss(recorder, output)
         except InputError:
             raise
