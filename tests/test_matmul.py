@@ -384,7 +384,6 @@ def test_every_row_is_found_by_its_formats():
                 assert found == row or found.arithmetic == "block_scaled"
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN.name}")
 def test_products_of_real_tensor_cores():
     dtypes = {name: getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16")}
     with np.load(GOLDEN) as data:
