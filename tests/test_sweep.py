@@ -1,6 +1,7 @@
 """Sweeps: every combination once, checked before anything runs, resumable; intervals as textbooks have them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dpquant import sweep
 from dpquant.cli import main
 from dpquant.rundir import load_run
 from emulation.errors import InputError
-from tests.test_cli import Capture, answer, refused, shown, write_config
+from tests.test_cli import DOCUMENTED, Capture, answer, refused, shown, write_config
 
 
 def spec(folder: Path, text: str) -> str:
@@ -78,6 +79,8 @@ def test_sweep_trains_resumes_and_reports(capsys: Capture, tmp_path: Path, monke
     third = "scheduler=pls,seed=0"
     assert trained == ["scheduler=full,seed=0", "scheduler=full,seed=1", third, third, "scheduler=pls,seed=1"]
     assert [row["runs"] for row in data["rows"]] == [2, 2]
+    section = DOCUMENTED.read_text(encoding="utf-8").split("### `sweep`\n")[1].split("\n#")[0]
+    assert set(data["rows"][0]) == set(re.findall(r"`(\w+)`", section.split("|---|---|")[1].split("|\n\n")[0]))
     assert data["rows"][0]["difference"] == 0
     accuracy = [load_run(out / f"scheduler=pls,seed={s}").records[-1].test_accuracy or 0 for s in (0, 1)]
     assert data["rows"][1]["accuracy"] == pytest.approx(sum(accuracy) / 2)

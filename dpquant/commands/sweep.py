@@ -99,15 +99,17 @@ def _train(cells: Sequence[Cell], root: Path, jobs: int, out: Output) -> dict[st
 
 
 def _show(found: Sequence[Outcome], out: Output) -> None:
-    rows: list[dict[str, Any]] = [vars(outcome) | {"text": _setting(outcome.settings)} for outcome in found]
-    for row in rows:
+    varied = [key for key in found[0].settings if len({str(o.settings[key]) for o in found}) > 1]
+    rows: list[dict[str, Any]] = [vars(outcome) | {"text": _setting(outcome.settings, varied)} for outcome in found]
+    for row in rows[1:]:  # the first is what the others are held against
+        row["shown_difference"] = row["difference"]
         row["range"] = (row["difference_low"], row["difference_high"]) if row["difference_low"] is not None else None
     columns = [
         Column(key="text", title="setting", wrap=True),
         Column(key="runs", title="runs", right=True),
         Column(key="accuracy", title="accuracy", show=percent, right=True),
         Column(key="accuracy_sd", title="sd", show=lambda v: f"{100 * v:.1f}", right=True),
-        Column(key="difference", title="diff.", show=lambda v: f"{100 * v:+.1f}", right=True),
+        Column(key="shown_difference", title="diff.", show=lambda v: f"{100 * v:+.1f}", right=True),
         Column(key="range", title="95 %", show=lambda v: f"{100 * v[0]:+.1f} to {100 * v[1]:+.1f}", right=True),
         Column(key="speedup", title="speedup", show=speedup, right=True),
         Column(key="epsilon", title="eps", show=number, right=True, spare=True),
@@ -125,5 +127,5 @@ def _show(found: Sequence[Outcome], out: Output) -> None:
     )
 
 
-def _setting(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings.items()) or "as the base says"
+def _setting(settings: Mapping[str, Any], varied: Sequence[str]) -> str:
+    return ", ".join(f"{key.split('.')[-1]} {settings[key]}" for key in varied) or "all"
