@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emulation import native
+from emulation import fused
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format, NumberFormat, scalar_format
+from emulation.kernel_formats import kernel_format
 from emulation.random_bits import derive_keys as derive_keys
 from emulation.random_bits import hash_bits, index_products, key_from
 from emulation.rounding import OVERFLOWS, ROUNDINGS, Overflow, Rounding, on_grid
@@ -101,12 +102,13 @@ def _round(
     source = x.detach().contiguous()
     target = out if out is not None and out.is_contiguous() and not (refuse_nan and out is x) else None
     done, nan_seen = False, None
-    if backend == "exact" and in_c(source):
+    if backend == "exact" and fusable(source):
         target = torch.empty_like(source) if target is None else target
-        nan_seen = native.round_flat(source, target, fmt, rounding, overflow, key, random_bits)
+        form = kernel_format(fmt, rounding, overflow, random_bits)
+        nan_seen = fused.round_flat(source, target, form, key)
         done = nan_seen is not None
-    if not done:
-        nan_seen = refuse_nan and bool(source.amax().isnan())
+    if refuse_nan and not (done and source.device.type == "cpu"):
+        nan_seen = bool(source.amax().isnan())
     if refuse_nan and nan_seen:
         raise InputError(f"NaN in x, and format {fmt.name!r} has none", hint="remove it first, or use a Quantizer")
     if not done:
@@ -287,9 +289,9 @@ def is_concrete(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def in_c(x: Tensor) -> bool:
-    """Whether quantize.c can read ``x``."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and is_concrete(x)
+def fusable(x: Tensor) -> bool:
+    """Whether a fused kernel can read ``x``, if it is C-contiguous."""
+    return x.dtype == torch.float32 and x.numel() > 0 and x.device.type in ("cpu", "cuda") and is_concrete(x)
 
 
 def pieces(x: Tensor, shape: tuple[int, ...], keys: Tensor | None) -> Iterator[tuple[tuple[slice, ...], Tensor | None]]:

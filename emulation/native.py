@@ -7,9 +7,9 @@ The source (quantize.c) compiles at first use, in about two seconds, and the res
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import logging
-import math
 import os
 import platform
 import shutil
@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emulation.formats import NumberFormat, ScaleRule
+from emulation.kernel_formats import RULES, KernelFormat, kernel_format
 from emulation.random_bits import hash_bits, index_products
-from emulation.rounding import Overflow, Rounding, on_grid
+from emulation.rounding import ROUNDINGS, on_grid
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("quantize.c")
@@ -35,13 +35,10 @@ _SOURCE = Path(__file__).with_name("quantize.c")
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _FLAGS = ("-O3", "-march=native", *_EXACT, "-std=c11", "-shared", "-fPIC")
 _PER_THREAD = 1 << 18
-_RULES: tuple[ScaleRule, ...] = ("none", "max", "pow2", "floor", "rceil", "nvfp4")
-_ROUNDINGS: tuple[Rounding, ...] = ("nearest_even", "stochastic")
-_MAGIC, _BITS, _INTEGER, _IDENTITY = range(4)
 
 
 class _Format(ctypes.Structure):
-    _fields_ = [
+    _fields_ = [  # as KernelFormat, and in the order of the struct in quantize.c
         *(
             (name, ctypes.c_float)
             for name in ("low", "high", "max_value", "special", "min_normal", "inverse_max", "full")
@@ -51,39 +48,28 @@ class _Format(ctypes.Structure):
     ]
 
 
-def round_flat(
-    x: Tensor,
-    out: Tensor,
-    fmt: NumberFormat,
-    rounding: Rounding,
-    overflow: Overflow,
-    key: Tensor | None,
-    random_bits: int | None,
-    rule: ScaleRule = "none",
-) -> bool | None:
-    """``x`` onto the grid of ``fmt`` in ``out``, one scale for all of it by ``rule``.
+def round_flat(x: Tensor, out: Tensor, form: KernelFormat, key: Tensor | None) -> bool | None:
+    """``x`` on the grid in ``out``, one scale for all of it.
 
     Args:
         x: float32 of the CPU, C-contiguous; ``out`` the same, it may be ``x`` itself.
-        fmt, rounding, overflow, random_bits: as for ``on_grid``.
-        key: None, or int64: 0-d, or one for each index of dim 0.
-        rule: of the scale, found from the largest magnitude of all of ``x``.
+        form: the format, rounding and scale rule.
+        key: as ``rounding_keys`` gives it.
 
     Returns:
-        Whether there was a NaN; None where C cannot do it, and nothing was done.
+        Whether there was a NaN; None where there is no library, and nothing was done.
     """
-    library = _usable(fmt, rounding)
+    library = _library()
     if library is None:
         return None
-    arguments = _format(fmt, rounding, overflow, random_bits, rule, 0.0)
+    format = ctypes.byref(_format(form))
     key, per_key = _keys(key, x)
     source, target, keys = x.data_ptr(), out.data_ptr(), key.data_ptr()
-    top = 0 if rule == "none" else int(_largest(library, x, 1))
+    top = 0 if RULES[form.rule] == "none" else int(_largest(library, x, 1))
     nan = [0]
 
     def work(first: int, last: int) -> None:
-        form = ctypes.byref(arguments)
-        nan.append(library.flat(source, target, form, first, last, top, keys, per_key))
+        nan.append(library.flat(source, target, format, first, last, top, keys, per_key))
 
     _in_threads(work, x.numel(), 1)
     return any(nan)
@@ -92,45 +78,37 @@ def round_flat(
 def quantize_blocks(
     x: Tensor,
     out: Tensor,
-    fmt: NumberFormat,
-    scale: NumberFormat,
-    rule: ScaleRule,
-    rounding: Rounding,
+    form: KernelFormat,
+    block_form: KernelFormat,
     key: Tensor | None,
-    random_bits: int | None,
-    *,
     shape: tuple[int, int, int],
     size: int,
-    units: int = 1,
+    units: int,
 ) -> bool:
-    """Fake-quantizes ``x``, one scale per block and column; False where C cannot do it.
+    """Fake-quantizes ``x``, one scale per block and column; False where there is no library.
 
     Args:
         x: float32 of the CPU, C-contiguous; ``out`` the same.
-        fmt: of the elements.
-        scale: of the scales.
-        rule: of the scales; ``nvfp4`` takes the largest magnitude of every unit as well.
-        rounding, key, random_bits: as for ``round_flat``.
+        form: the elements' format, rounding and scale rule; ``nvfp4`` takes every unit's largest magnitude as well.
+        block_form: of the block scales.
+        key: as ``rounding_keys`` gives it.
         shape: that ``x`` is seen as: lines, elements along a line, columns.
         size: elements of a block along a line; a line's last block may be shorter.
         units: equal parts of ``x`` that have a scale of their own above the blocks'.
     """
-    library = _usable(fmt, rounding)
-    if library is None or (rule == "max" and scale.name != "float32"):
+    library = _library()
+    if library is None:
         return False
     lines, length, inner = shape
     count = lines * -(-length // size)
-    full = fmt.max_value * scale.max_value if rule == "nvfp4" else 0.0
-    form = ctypes.byref(_format(fmt, rounding, "saturate", random_bits, rule, full))
-    of_scales = scale if rule == "nvfp4" else fmt
-    scale_form = ctypes.byref(_format(of_scales, "nearest_even", "saturate", None, "none", 0.0))
-    tops = _largest(library, x, units) if rule == "nvfp4" else _no_tops()
+    format, scale_format = ctypes.byref(_format(form)), ctypes.byref(_format(block_form))
+    tops = _largest(library, x, units) if RULES[form.rule] == "nvfp4" else _no_tops()
     key, per_key = _keys(key, x)
     source, target, top, keys = x.data_ptr(), out.data_ptr(), tops.data_ptr(), key.data_ptr()
 
     def work(first: int, last: int) -> None:
         library.blocks(
-            source, target, form, scale_form, first, last, length, size, inner, top, count // units, keys, per_key
+            source, target, format, scale_format, first, last, length, size, inner, top, count // units, keys, per_key
         )
 
     _in_threads(work, count, max(x.numel() // count, 1))
@@ -153,52 +131,9 @@ def _largest(library: ctypes.CDLL, x: Tensor, units: int) -> Tensor:
     return tops
 
 
-def _usable(fmt: NumberFormat, rounding: Rounding) -> ctypes.CDLL | None:
-    if rounding not in _ROUNDINGS or _kind(fmt) is None:
-        return None
-    return _library()
-
-
-def _kind(fmt: NumberFormat) -> int | None:
-    """How quantize.c rounds to a format; None: it does not."""
-    if fmt.kind == "exponent":
-        return None
-    if fmt.kind == "int":
-        return _INTEGER
-    if fmt.mantissa_bits == 23:
-        return _IDENTITY
-    if fmt.mantissa_bits <= 21 and fmt.min_exponent >= -100 and fmt.max_exponent <= 100:
-        return _MAGIC
-    return _BITS if fmt.min_exponent == -126 else None
-
-
 @lru_cache(maxsize=256)
-def _format(
-    fmt: NumberFormat, rounding: Rounding, overflow: Overflow, random_bits: int | None, rule: ScaleRule, full: float
-) -> _Format:
-    beyond = overflow == "nonfinite" and (fmt.has_inf or fmt.has_nan)
-    kind = _kind(fmt)
-    high = fmt.max_value
-    if beyond:
-        high = math.ldexp(1.0, fmt.max_exponent + 2) if kind == _MAGIC else math.inf
-    places = 24 if kind == _INTEGER else 23 - fmt.mantissa_bits
-    return _Format(
-        low=fmt.min_value if kind == _INTEGER else -high,
-        high=high,
-        max_value=fmt.max_value,
-        special=math.inf if fmt.has_inf else math.nan,
-        min_normal=fmt.min_normal,
-        inverse_max=1.0 / fmt.max_value,
-        full=full,
-        kind=kind,
-        stochastic=rounding == "stochastic",
-        rule=_RULES.index(rule),
-        mantissa_bits=fmt.mantissa_bits,
-        min_exponent=fmt.min_exponent,
-        max_exponent=fmt.max_exponent,
-        draw_bits=places if random_bits is None else min(random_bits, places),
-        keeps_sign=fmt.has_negative_zero,
-    )
+def _format(form: KernelFormat) -> _Format:
+    return _Format(**dataclasses.asdict(form))
 
 
 def _keys(key: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
@@ -304,10 +239,14 @@ def _agrees(library: ctypes.CDLL) -> bool:
     out = torch.empty_like(x)
     for name in ("float8_e4m3fn", "float4_e3m0", "bfloat16", "int8"):
         fmt = scalar_format(name)
-        for rounding in _ROUNDINGS:
+        for rounding in ROUNDINGS:
+            form = kernel_format(fmt, rounding)
+            if form is None:
+                continue
             wanted = on_grid(x, fmt, rounding, "saturate", noise)
-            arguments = _format(fmt, rounding, "saturate", None, "none", 0.0)
-            library.flat(x.data_ptr(), out.data_ptr(), ctypes.byref(arguments), 0, len(x), 0, key.data_ptr(), len(x))
+            library.flat(
+                x.data_ptr(), out.data_ptr(), ctypes.byref(_format(form)), 0, len(x), 0, key.data_ptr(), len(x)
+            )
             same = (wanted.view(torch.int32) == out.view(torch.int32)) | (wanted.isnan() & out.isnan())
             if not bool(same.all()):
                 return False

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emulation import native
+from emulation import fused
 from emulation.blocks import ScaleLayout, expanded, piece
 from emulation.codec import (
     Backend,
@@ -19,13 +19,14 @@ from emulation.codec import (
     check_rounding,
     codes_of,
     decode,
-    in_c,
+    fusable,
     pieces,
     rounding_keys,
     straight_through,
 )
 from emulation.errors import InputError, suggestion
 from emulation.formats import FORMATS, SCALE_RULES, BlockFormat, Format, NumberFormat, ScaleRule, get_format
+from emulation.kernel_formats import kernel_format
 from emulation.rounding import Overflow, Rounding, on_grid
 from emulation.scales import scale_from, two_level_scales
 
@@ -234,10 +235,10 @@ class Quantizer:
             return (x.clone() if out is None else out), (torch.ones_like(x, dtype=torch.bool) if masked else None)
         layout = self._layout(x, axis, key)
         wide = x.float().contiguous()
-        if self.backend == "exact" and not masked and in_c(wide):
+        if self.backend == "exact" and not masked and fusable(wide):
             buffer = out if out is not None and out.is_contiguous() and out.dtype == wide.dtype else None
             buffer = torch.empty_like(wide) if buffer is None else buffer
-            if self._in_c(wide, buffer, layout, key):
+            if self._fused(wide, buffer, layout, key):
                 if out is not None:
                     return (out if buffer is out else out.copy_(buffer)), None
                 return (buffer if buffer.stride() == x.stride() else torch.empty_like(x).copy_(buffer)).to(
@@ -269,28 +270,22 @@ class Quantizer:
             result = torch.empty_like(x).copy_(result)
         return result, None if mask is None else mask.view(x.shape)
 
-    def _in_c(self, x: Tensor, out: Tensor, layout: ScaleLayout, key: Tensor | None) -> bool:
-        """Quantizes in one pass of C; False where the layout or a rule is not one of C's."""
-        rule, count = self.scale_rule, x.numel()
-        assert rule is not None
-        rounding = (self.rounding, key, self.random_bits)
-        if rule == "none" or (not layout.block_axes and layout.kept == () and self.scale_format.name == "float32"):
-            seen = native.round_flat(x, out, self.element, self.rounding, self._overflow, key, self.random_bits, rule)
-            return seen is not None
-        if layout.kept not in ((), (0,)) or len(layout.block_axes) > 1:
+    def _fused(self, x: Tensor, out: Tensor, layout: ScaleLayout, key: Tensor | None) -> bool:
+        """Quantizes in one pass of a kernel; False where the layout, a rule or a rounding is not one of a kernel's."""
+        assert self.scale_rule is not None
+        if len(layout.block_axes) > 1 or (self.scale_rule != "none" and layout.kept not in ((), (0,))):
             return False
-        units, shape = (layout.shape[0] if layout.kept else 1), layout.shape
-        if layout.block_axes:
-            axis, size = layout.block_axes[0], layout.block_size
-            seen_as = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-            if units > 1 and axis == 0:
-                return False
-        else:
-            size = count // units
-            seen_as = (units, size, 1)
-        return native.quantize_blocks(
-            x, out, self.element, self.scale_format, rule, *rounding, shape=seen_as, size=size, units=units
+        form = kernel_format(
+            self.element, self.rounding, self._overflow, self.random_bits, self.scale_rule, self.scale_format
         )
+        units, shape = (layout.shape[0] if layout.kept else 1), layout.shape
+        if self.scale_rule == "none" or not layout.block_axes:
+            return fused.round_flat(x, out, form, key, 1 if self.scale_rule == "none" else units) is not None
+        axis = layout.block_axes[0]
+        if axis == 0 and units > 1:
+            return False
+        seen_as = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+        return fused.quantize_blocks(x, out, form, self.scale_format, key, seen_as, layout.block_size, units)
 
     def _rounded(
         self, x: Tensor, scales: _Scales, where: tuple[slice, ...], noise: Tensor | None

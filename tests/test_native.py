@@ -21,6 +21,7 @@ from emulation import native
 from emulation.codec import derive_keys, round_to
 from emulation.errors import InputError
 from emulation.formats import FORMATS, BlockFormat, NumberFormat, scalar_format
+from emulation.kernel_formats import kernel_format
 from emulation.quantizer import Quantizer
 
 SCALARS = [f for f in FORMATS.values() if isinstance(f, NumberFormat) and f.kind != "exponent"]
@@ -49,7 +50,7 @@ def test_rounding_has_torchs_bits(fmt: NumberFormat, rounding: str, overflow: st
     for bits in (None, 8, 1) if rounding == "stochastic" else (None,):
         keys = derive_keys(3) if rounding == "stochastic" else None
         out = torch.empty_like(x)
-        assert native.round_flat(x, out, fmt, rounding, overflow, keys, bits) is bool(x.isnan().any())
+        assert native.round_flat(x, out, kernel_format(fmt, rounding, overflow, bits), keys) is bool(x.isnan().any())
         wanted = round_to(x, fmt, rounding, overflow, keys=keys, random_bits=bits, backend="torch")
         assert same(out, wanted)
         assert same(round_to(x, fmt, rounding, overflow, keys=keys, random_bits=bits), wanted)
@@ -168,9 +169,8 @@ def test_what_c_does_not_do_is_left_to_torch() -> None:
         Quantizer(fmt),
     ):
         assert same(quantizer.fake_quantize(x), quantizer(x).dequantize())
-    out = torch.empty_like(x)
-    assert native.round_flat(x, out, scalar_format("fp8"), "toward_zero", "saturate", None, None) is None
-    assert native.round_flat(x, out, scalar_format("float8_e8m0fnu"), "nearest_even", "saturate", None, None) is None
+    assert kernel_format(scalar_format("fp8"), "toward_zero") is None
+    assert kernel_format(scalar_format("float8_e8m0fnu"), "nearest_even") is None
 
 
 # --- building --------------------------------------------------------------------------------------------------------

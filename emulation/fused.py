@@ -1,0 +1,89 @@
+"""Quantizers in one pass over memory where there is a kernel for it: C on the CPU, Triton on CUDA; the same bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from emulation import native
+from emulation.formats import NumberFormat
+from emulation.kernel_formats import RULES, KernelFormat, kernel_format
+
+_WIDEST_BLOCK = 1024  # what one Triton program keeps in registers
+
+
+def round_flat(x: Tensor, out: Tensor, form: KernelFormat | None, key: Tensor | None, units: int = 1) -> bool | None:
+    """``x`` on the grid in ``out``; equal parts of it, the units, have a scale each by the rule of ``form``.
+
+    Args:
+        x: float32, C-contiguous, not empty, on any device; ``out`` the same.
+        form: the format, rounding and scale rule; None: not one of the kernels'.
+        key: as ``rounding_keys`` gives it.
+        units: how many; 1 is all of ``x``.
+
+    Returns:
+        Whether there was a NaN (False also where a kernel does not look for it); None where there is no kernel, and
+        nothing was done.
+    """
+    if form is None:
+        return None
+    if x.device.type == "cpu":
+        if units == 1:
+            return native.round_flat(x, out, form, key)
+        size = x.numel() // units
+        return False if native.quantize_blocks(x, out, form, form, key, (units, size, 1), size, units) else None
+    if not _has_triton(x.device):
+        return None
+    from emulation import quantize_triton
+
+    scaled = RULES[form.rule] != "none"
+    amaxes = torch.linalg.vector_norm(x.view(units, -1), math.inf, dim=1) if scaled else None
+    quantize_triton.round_flat(x, out, form, key, amaxes)
+    return False
+
+
+def quantize_blocks(
+    x: Tensor,
+    out: Tensor,
+    form: KernelFormat | None,
+    scale: NumberFormat,
+    key: Tensor | None,
+    shape: tuple[int, int, int],
+    size: int,
+    units: int,
+) -> bool:
+    """Fake-quantizes ``x`` seen as ``shape`` in blocks; False where there is no kernel, and nothing was done.
+
+    Args:
+        x: float32, C-contiguous, not empty, on any device; ``out`` the same.
+        form: the elements' format, rounding and scale rule; None: not one of the kernels'.
+        scale: the format of the block scales.
+        key: as ``rounding_keys`` gives it.
+        shape: lines, elements along a line, columns.
+        size: elements of a block along a line; a line's last block may be shorter.
+        units: equal parts of ``x`` that have a scale of their own above the blocks', by rule ``nvfp4``.
+    """
+    if form is None:
+        return False
+    two_levels = RULES[form.rule] == "nvfp4"
+    block_form = kernel_format(scale, "nearest_even") if two_levels else form
+    if block_form is None:
+        return False
+    if x.device.type == "cpu":
+        return native.quantize_blocks(x, out, form, block_form, key, shape, size, units)
+    if size > _WIDEST_BLOCK or not _has_triton(x.device):
+        return False
+    from emulation import quantize_triton
+
+    amaxes = torch.linalg.vector_norm(x.view(units, -1), math.inf, dim=1) if two_levels else None
+    quantize_triton.quantize_blocks(x, out, form, block_form, key, amaxes, shape, size)
+    return True
+
+
+@lru_cache(maxsize=8)
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -1,0 +1,98 @@
+"""One pass on the CPU or a GPU has the bits of torch's operations on the CPU; what is the CPU's alone is in test_native."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from grid_reference import critical_points, every_bfloat16, every_float16, random_bit_patterns
+from torch import Tensor
+
+from emulation import fused
+from emulation.codec import derive_keys, round_to
+from emulation.formats import FORMATS, NumberFormat, scalar_format
+from emulation.kernel_formats import BITS, IDENTITY, INTEGER, MAGIC, kernel_format, kernel_kind
+from emulation.quantizer import Quantizer
+
+SCALARS = [f for f in FORMATS.values() if isinstance(f, NumberFormat)]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
+
+
+def test_formats_are_rounded_as_their_exponents_ask() -> None:
+    kinds = {f.name: kernel_kind(f) for f in SCALARS}
+    assert kinds["float8_e8m0fnu"] is None
+    assert {n for n, k in kinds.items() if k == BITS} == {"bfloat16", "tfloat32"}
+    assert {n for n, k in kinds.items() if k == INTEGER} == {"int8", "int4"}
+    assert {n for n, k in kinds.items() if k == IDENTITY} == {"float32"}
+    assert len([k for k in kinds.values() if k == MAGIC]) == 11
+
+
+def test_what_no_kernel_does_is_said() -> None:
+    fp8, e8m0 = scalar_format("fp8"), scalar_format("float8_e8m0fnu")
+    assert kernel_format(fp8, "toward_zero") is None
+    assert kernel_format(e8m0, "nearest_even") is None
+    assert kernel_format(fp8, "nearest_even", rule="max", scale=fp8) is None
+    x = torch.ones(2, 32)
+    assert fused.round_flat(x, x, None, None) is None
+    assert not fused.quantize_blocks(x, x, None, e8m0, None, (2, 32, 1), 32, 1)
+    meta = torch.ones(2, 32, device="meta")
+    assert fused.round_flat(meta, meta, kernel_format(fp8, "nearest_even"), None) is None
+    assert not fused.quantize_blocks(meta, meta, kernel_format(fp8, "nearest_even"), e8m0, None, (2, 32, 1), 32, 1)
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("fmt", SCALARS, ids=lambda f: f.name)
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+@pytest.mark.parametrize("overflow", ["saturate", "nonfinite"])
+def test_a_gpu_rounds_to_the_same_bits(fmt: NumberFormat, rounding: str, overflow: str) -> None:
+    points = critical_points(fmt) if fmt.bits <= 16 else critical_points(scalar_format("fp8"))
+    x = np.concatenate([every_bfloat16(), every_float16(), points, random_bit_patterns(1_000_000, seed=8)])
+    x = torch.from_numpy(x if fmt.has_nan else x[~np.isnan(x)])
+    x = x[: len(x) // 4 * 4].view(4, -1).contiguous()
+    all_keys: list[Tensor | None] = [None]
+    if rounding == "stochastic":
+        all_keys = [derive_keys(1), derive_keys(1, torch.arange(4))]
+    for keys in all_keys:
+        for bits in (None, 1, 8) if rounding == "stochastic" else (None,):
+            here = round_to(x, fmt, rounding, overflow, keys=keys, random_bits=bits, backend="torch")
+            there = round_to(x.cuda(), fmt, rounding, overflow, keys=keys, random_bits=bits)
+            slow = round_to(x.cuda(), fmt, rounding, overflow, keys=keys, random_bits=bits, backend="torch")
+            assert same(there.cpu(), here)
+            assert same(slow.cpu(), here)
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["fp8", "float8_e5m2", "int8", "bf16", "luq_fp4", "mxfp8", "mxfp6", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("granularity", ["tensor", "example", "channel"])
+@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "stochastic"])
+@pytest.mark.parametrize("rule", [None, "max", "pow2", "floor", "rceil"])
+def test_a_gpu_quantizes_to_the_same_bits(name: str, granularity: str, rounding: str, rule: str | None) -> None:
+    if name == "nvfp4" and rule is not None:
+        return
+    quantizer = Quantizer(name, granularity, rounding=rounding, scale_rule=rule)
+    slow = Quantizer(name, granularity, rounding=rounding, scale_rule=rule, backend="torch")
+    generator = torch.Generator().manual_seed(0)
+    for shape, axis in (
+        ((4, 640), 1),
+        ((3, 50), 1),
+        ((2, 33, 5), 1),
+        ((2, 1, 1), 1),
+        ((2, 64, 14, 14), 1),
+        ((7, 1), 1),
+    ):
+        x = torch.randn(shape, generator=generator)
+        wild = x * torch.exp2(torch.randint(-140, 120, shape, generator=generator).float())
+        spoiled = x.clone()
+        spoiled[0].view(-1)[0] = torch.nan
+        spoiled[1] = 0
+        keys = derive_keys(2, torch.arange(shape[0])) if rounding == "stochastic" else None
+        for data in (x, wild, spoiled):
+            expected = slow.fake_quantize(data, keys=keys, axis=axis)
+            assert same(quantizer.fake_quantize(data.cuda(), keys=keys, axis=axis).cpu(), expected)
+            assert same(quantizer(data.cuda(), keys=keys, axis=axis).dequantize().cpu(), expected)
