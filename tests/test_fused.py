@@ -1,4 +1,4 @@
-"""One pass on the CPU or a GPU has the bits of torch's operations on the CPU; what is the CPU's alone is in test_native."""
+"""One pass on the CPU or a GPU has the bits of torch's operations on the CPU; test_native has what is the CPU's."""
 
 from __future__ import annotations
 
