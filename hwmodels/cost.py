@@ -13,7 +13,7 @@ from emulation.formats import get_format
 from hwmodels.gemm import kernel_of, measured_kernel
 from hwmodels.gemm_arrays import Array
 from hwmodels.memory import peak_memory_bytes
-from hwmodels.pricing import BOUNDS, HOST_LAYER_S, HOST_S, HOST_STEP_S, LAUNCH, PriceList, Pricer
+from hwmodels.pricing import BOUNDS, LAUNCH, PriceList, Pricer
 from hwmodels.profile import BASES, Basis, HardwareProfile
 from hwmodels.step import PHASE, PHASES, StepOptions
 from hwmodels.workload import Workload
@@ -83,7 +83,9 @@ class StepModel:
         self._pricer = Pricer(workload, profile, self.options, self.basis)
         self._lists: dict[str | None, PriceList] = {}
         hooked = sum(layer.parameters > 0 for layer in workload.layers) if self.options.private else 0
-        self._hooks_s = hooked * HOST_LAYER_S[self.options.clipping] * self.options.passes(workload.batch_size)[0]
+        self._hooks_s = (
+            hooked * profile.eager.layer_s(self.options.clipping) * self.options.passes(workload.batch_size)[0]
+        )
 
     def prices(self, format_name: str | None) -> PriceList:
         """Prices with every quantizable layer in a format (canonical name), or in the baseline for None."""
@@ -122,8 +124,9 @@ class StepModel:
         """Seconds that the device waits for an eager host, spread over the layers by their kernels."""
         if not self.options.eager or not kernels.sum():
             return np.zeros_like(kernels)
-        host_s = HOST_STEP_S + HOST_S * float(kernels.sum()) + self._hooks_s
-        shared: Array = max(0.0, host_s - float(device_s.sum())) * kernels / kernels.sum()
+        eager, device = self.profile.eager, float(device_s.sum())
+        host_s = eager.step_s + eager.kernel_s * float(kernels.sum()) + self._hooks_s
+        shared: Array = (eager.step_seconds(host_s, device) - device) * kernels / kernels.sum()
         return shared
 
     def step_s(self, plan: Mapping[str, str]) -> float:
@@ -134,10 +137,14 @@ class StepModel:
 
     def joules(self, plan: Mapping[str, str]) -> float | None:
         """Joules of the step under a plan with canonical format names; None where the chip's power is not known."""
-        found, power = self.mixed(plan), self.profile.power
+        found = self.mixed(plan)
+        return self._joules(found, float(self.waits(found.seconds.sum(0), found.kernels).sum()))
+
+    def _joules(self, found: PriceList, waits_s: float) -> float | None:
+        power = self.profile.power
         if found.joules is None or power is None:
             return None
-        return float(found.joules.sum()) + power.idle_w * float(self.waits(found.seconds.sum(0), found.kernels).sum())
+        return float(found.joules.sum()) + power.idle_w * waits_s
 
     def estimate(self, plan: Mapping[str, str]) -> Estimate:
         """The whole account of a plan."""
@@ -160,8 +167,8 @@ class StepModel:
             baseline_s=baseline_s,
             speedup=baseline_s / step_s,
             step_band_s=None if self.basis == "peak" else (step_s + spread[0], step_s + spread[1]),
-            energy_joules=self.joules(formats),
-            baseline_energy_joules=self.joules({}),
+            energy_joules=self._joules(found, float(waits.sum())),
+            baseline_energy_joules=self._joules(base, base_waits),
             peak_memory_bytes=memory,
             bound=BOUNDS[int(np.argmax(bounds))],
             native=all(self.profile.rate(fmt).native for fmt in set(formats.values())),
