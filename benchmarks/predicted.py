@@ -1,24 +1,32 @@
 """Measured step times beside those that the cost model predicts for an eager framework.
 
-    python benchmarks/predicted.py [benchmarks/results/step_h200_tf32.json ...] [--hardware h200]
+    python benchmarks/predicted.py [benchmarks/results/step_h200_tf32.json ...] [--hardware h200_measured]
+    python benchmarks/predicted.py --fit               # the constants of the eager framework, and their held-out error
 
-Reads what `benchmarks/step.py --out` wrote. Emulated cases are left out: emulation is no hardware. The eager
-framework's own constants (`hwmodels.pricing`: two efficiencies, the host's time per kernel, step and layer) were fitted
-to the ResNet-18 and digits rows in `benchmarks/results`; everything else comes from public GEMM timings and counting.
+Reads what `benchmarks/step.py --out` wrote. Emulated cases are left out: emulation is no hardware. The GEMMs and the
+bandwidth are the profile's calibration, operations and bytes are counted; what is fitted to steps are the constants of
+`hwmodels.eager`: to half of the rows (every batch size but 256, every network but `fashion`) and tested on the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpquant.models import build_model
 from hwmodels import load_profile, trace
-from hwmodels.cost import estimate
+from hwmodels.cost import Estimate, estimate
+from hwmodels.eager import EAGER, EagerCosts
+from hwmodels.profile import HardwareProfile
+from hwmodels.workload import Workload
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "digits": ("digits_cnn", {}, (1, 8, 8)),
@@ -35,44 +43,98 @@ CASES: dict[str, dict[str, str]] = {
     "Opacus ghost": {"clipping": "ghost"},
     "private": {"clipping": "bookkeeping"},
 }
-BASELINES = {"float32": "float32", "tf32": "tfloat32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+BASELINES = {"float32": "float32", "tf32": "tfloat32", "bf16": "bfloat16"}
+RESULTS = Path(__file__).parent / "results"
+LIMITS = {"product_efficiency": (0.2, 1.2), "pass_efficiency": (0.2, 1.2), "overlap": (1.0, 32.0)}
+HOST_LIMITS = (1e-6, 5e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One measured step."""
+
+    model: str
+    precision: str
+    batch_size: int
+    case: str
+    seconds: float
+
+    def predicted(self, profile: HardwareProfile) -> Estimate:
+        options = CASES[self.case]
+        work = traced(self.model).at(self.batch_size)
+        return estimate(work, {}, profile, framework="eager", baseline=BASELINES[self.precision], **options)  # type: ignore[arg-type]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the fit leaves this row to the test."""
+        return self.batch_size == 256 and self.model != "digits"
+
+
+@cache
+def traced(model: str) -> Workload:
+    name, options, shape = MODELS[model]
+    with torch.device("meta"):
+        return trace(build_model(name, **options), torch.empty(1, *shape), 64)
+
+
+def measured(files: Sequence[Path]) -> list[Step]:
+    """The rows of some result files whose steps are of real hardware."""
+    found = []
+    for file in files:
+        data = json.loads(file.read_text())
+        for row in data["rows"]:
+            if row["case"] in CASES and row["model"] in MODELS:
+                facts = {key: row[key] for key in ("model", "batch_size", "case")}
+                found.append(Step(**facts, precision=data["arguments"]["precision"], seconds=row["median_ms"] / 1e3))
+    return found
+
+
+def fit(steps: Sequence[Step], profile: HardwareProfile) -> EagerCosts:
+    """The constants that minimise a robust loss of ln(predicted / measured)."""
+    from scipy.optimize import least_squares
+
+    names = list(asdict(EAGER))
+    low, high = (np.log([LIMITS.get(name, HOST_LIMITS)[side] for name in names]) for side in (0, 1))
+
+    def costs(x: Any) -> EagerCosts:
+        return EagerCosts(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(x), strict=True)})
+
+    def off(x: Any) -> Any:
+        trial = replace(profile, eager=EagerCosts(**dict(zip(names, np.exp(x).tolist(), strict=True))))
+        return np.log([step.predicted(trial).step_s / step.seconds for step in steps])
+
+    start = np.clip(np.log(list(asdict(replace(EAGER, overlap=4.0)).values())), low + 1e-6, high - 1e-6)
+    found = least_squares(off, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=40)
+    return costs(found.x)
+
+
+def summary(steps: Sequence[Step], profile: HardwareProfile) -> str:
+    off = [abs(step.predicted(profile).step_s / step.seconds - 1) for step in steps]
+    return f"mean {sum(off) / len(off):.1%} off, at most {max(off):.1%}, {len(off)} rows" if off else "no rows"
 
 
 def main() -> None:
-    """Print one line per measured row."""
+    """Print one line per measured row, or the fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--hardware", default="h200")
+    parser.add_argument("--fit", action="store_true")
     args = parser.parse_args()
-    files = args.files or sorted((Path(__file__).parent / "results").glob(f"step_{args.hardware}_*.json"))
+    steps = measured(args.files or sorted(RESULTS.glob(f"step_{args.hardware.split('_')[0]}_*.json")))
     profile = load_profile(args.hardware)
-    workloads: dict[str, Any] = {}
-    errors = []
+    if args.fit:
+        trained = [step for step in steps if not step.held_out]
+        tested = [step for step in steps if step.held_out]
+        profile = replace(profile, eager=fit(trained, profile))
+        print("\n".join(f"  {name}: {value:.3g}" for name, value in asdict(profile.eager).items()))
+        print(f"fitted to: {summary(trained, profile)}\nheld out:  {summary(tested, profile)}")
     print("model              precision batch case           measured  predicted    off  bound")
-    for file in files:
-        data = json.loads(file.read_text())
-        precision = data["arguments"]["precision"]
-        for row in data["rows"]:
-            if row["case"] not in CASES or row["model"] not in MODELS:
-                continue
-            if row["model"] not in workloads:
-                name, options, shape = MODELS[row["model"]]
-                with torch.device("meta"):
-                    workloads[row["model"]] = trace(build_model(name, **options), torch.empty(1, *shape), 64)
-            found = estimate(
-                workloads[row["model"]].at(row["batch_size"]),
-                {},
-                profile,
-                framework="eager",
-                baseline=BASELINES[precision],
-                **CASES[row["case"]],
-            )
-            off = found.step_s * 1e3 / row["median_ms"] - 1
-            errors.append(abs(off))
-            where = f"{row['model']:18s} {precision:9s} {row['batch_size']:5d} {row['case']:13s}"
-            print(f"{where} {row['median_ms']:6.2f} ms {found.step_s * 1e3:7.2f} ms {off:+6.0%}  {found.bound}")
-    if errors:
-        print(f"mean {sum(errors) / len(errors):.1%} off, at most {max(errors):.1%}, {len(errors)} rows")
+    for step in steps:
+        found = step.predicted(profile)
+        where = f"{step.model:18s} {step.precision:9s} {step.batch_size:5d} {step.case:13s}"
+        times = f"{step.seconds * 1e3:6.2f} ms {found.step_s * 1e3:7.2f} ms"
+        print(f"{where} {times} {found.step_s / step.seconds - 1:+6.0%}  {found.bound}")
+    print(summary(steps, profile))
 
 
 if __name__ == "__main__":

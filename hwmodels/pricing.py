@@ -6,9 +6,7 @@ every layer in the baseline, one per format with every quantizable layer in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -21,17 +19,7 @@ from hwmodels.step import PHASE, Demand, StepOptions
 from hwmodels.workload import Workload
 
 BOUNDS = ("compute", "memory", "launch")
-EAGER_PRODUCTS, EAGER_PASSES = 0.75, 0.68
-"""How fast eager PyTorch's convolutions, and its norms and elementwise kernels, run beside the fitted GEMMs and
-bandwidth: from ResNet-18 steps on an H200 in float32 and TF32 at batch 1024 (``benchmarks/results``)."""
 LAUNCH = BOUNDS.index("launch")
-HOST_S, HOST_STEP_S = 20e-6, 1e-3
-"""What eager PyTorch spends on the host per kernel, autograd and Python included, and per step; the device waits where
-it is faster than that. Fitted to steps of small networks on an H200 (``benchmarks/results``)."""
-HOST_LAYER_S: Mapping[str, float] = MappingProxyType(
-    {"hooks": 0.55e-3, "ghost": 0.7e-3, "mixed": 0.7e-3, "bookkeeping": 0.28e-3}
-)
-"""What the hooks of private training add per layer with parameters; fitted likewise (mixed: taken for ghost's)."""
 MEMORY_SHARE_OF_POWER = 0.85
 """Dynamic power of memory at full bandwidth, as a share of limit minus idle: seen 0.81 (B200) to 0.9 (H200) on
 memory-bound GEMMs; used where a profile has no fitted power."""
@@ -150,7 +138,7 @@ class Pricer:
         assert calibration is not None  # checked_basis() has refused the basis otherwise
         kernel = calibration.kernels[kernel_of(rate, calibration)]
         taken = products_seconds(products, kernel, gemm_rates(rate, self.profile))
-        taken /= EAGER_PRODUCTS if self.options.eager else 1.0
+        taken /= self.profile.eager.product_efficiency if self.options.eager else 1.0
         sizes = (
             (products.m * products.batch, kernel.range_m),
             (products.n, kernel.range_n),
@@ -199,7 +187,7 @@ class Pricer:
         if self.basis == "calibrated" and self.profile.calibration is not None:
             kernel = kernel_of(self.baseline, self.profile.calibration)
             bandwidth *= self.profile.calibration.kernels[kernel].bandwidth_efficiency
-            bandwidth *= EAGER_PASSES if self.options.eager else 1.0
+            bandwidth *= self.profile.eager.pass_efficiency if self.options.eager else 1.0
             launch_s = self.profile.launch_s
         memory_s, compute_s = moved / bandwidth, vector / self.profile.vector_flops_per_s
         taken, by_compute = np.maximum(memory_s, compute_s), compute_s > memory_s

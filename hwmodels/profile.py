@@ -12,6 +12,7 @@ from typing import Any, Literal
 from emulation.errors import InputError, suggestion
 from emulation.formats import Format, get_format
 from hwmodels.calibration import KERNELS, GemmCalibration, calibration_from
+from hwmodels.eager import EAGER, EagerCosts
 from hwmodels.gemm import gemm_seconds
 from hwmodels.profile_lints import family_lints
 from hwmodels.profile_yaml import family_of, find_profile, profile_files, read_profile
@@ -117,6 +118,7 @@ class HardwareProfile:
         provenance: dotted key of every number -> where it is from.
         sources: tag -> document.
         note: what a reader has to know.
+        eager: what an eager framework adds on a host with this chip.
     """
 
     name: str
@@ -137,6 +139,7 @@ class HardwareProfile:
     provenance: Mapping[str, Provenance]
     sources: Mapping[str, Source]
     note: str | None = None
+    eager: EagerCosts = EAGER
 
     def rate(self, format: str | Format) -> FormatRate:
         """The rate of a format, by name, alias or object; raises ``InputError`` where this chip has none for it."""
@@ -258,6 +261,7 @@ def _built(document: Document, hardware_dir: str | Path | None) -> HardwareProfi
         if "power" in data
         else None,
         "formats": MappingProxyType({name: _format_rate(data, name, provenance) for name in data["formats"]}),
+        "eager": EagerCosts(**{key: _value(data, ("eager", key), provenance) for key in data.get("eager", {})}),
     }
     name = Path(document.file).stem
     calibration, calibrated_on = _calibration(document, name, hardware_dir)

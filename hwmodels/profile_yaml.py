@@ -74,6 +74,16 @@ _FALLS_BACK = Fields(
     entries={"falls_back_to": _FORMAT, "note": _NOTE},
 )
 
+_EAGER = {
+    "product_efficiency": ("speed of convolutions beside fitted GEMMs", 0.05, 2.0, "1 is as fast"),
+    "pass_efficiency": ("bandwidth of norms and elementwise kernels beside the fitted one", 0.05, 2.0, "1 is as fast"),
+    "kernel_s": ("host time per kernel", 1e-7, 1e-3, "seconds: 20 microseconds is 20e-6"),
+    "step_s": ("host time per step", 0.0, 1.0, "seconds"),
+    "hooks_layer_s": ("host time per layer of Opacus's hooks", 0.0, 0.1, "seconds"),
+    "ghost_layer_s": ("host time per layer of ghost clipping", 0.0, 0.1, "seconds"),
+    "bookkeeping_layer_s": ("host time per layer of book-keeping", 0.0, 0.1, "seconds"),
+    "overlap": ("exponent that joins host and device time: high takes the longer", 1.0, 32.0, "1 adds them"),
+}
 _BYTES_HINT = "bytes: 80 GB is 80e9, 50 MiB is 52428800"
 PROFILE = Fields(
     doc="A hardware profile: one accelerator as one process sees it, every number with its source.",
@@ -128,6 +138,13 @@ PROFILE = Fields(
             value=OneOf(options=(_OWN_RATE, _TIMED_AS, _FALLS_BACK)),
         ),
         "calibration": CALIBRATION_FIELDS,
+        "eager": Fields(
+            doc="what eager PyTorch adds on a host with this chip; left out: as on the H200 that the defaults are from",
+            required=False,
+            entries={
+                name: _sourced(doc, low, high, hint, required=False) for name, (doc, low, high, hint) in _EAGER.items()
+            },
+        ),
         "accepted": Table(
             doc="lint -> why what it finds is true of this chip",
             required=False,

@@ -388,7 +388,7 @@ def test_eager_hosts_hold_small_models_up() -> None:
     assert eager.bound == "launch"
     assert eager.phases["launch"] > 0.9 * eager.step_s
     big = estimate(traced("resnet18", 4096), {}, TOY, basis="peak", framework="eager")
-    assert big.phases["launch"] == 0.0
+    assert big.phases["launch"] < 1e-3 * big.step_s
     assert big.bound != "launch"
 
 
