@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -132,6 +134,14 @@ class RunConfig:
     def __getitem__(self, section: str) -> Any:
         return self.data[section]
 
+    @property
+    def digest(self) -> str:
+        """Equal for configurations that train the same: name, device, place of the data and defaults left aside."""
+        decisive = _set({key: value for key, value in self.data.items() if key != "name"}, _DEFAULTS)
+        for section, key in (("training", "device"), ("data", "root")):
+            decisive.get(section, {}).pop(key, None)
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
     def error(self, key: KeyPath, message: str, *, hint: str | None = None) -> InputError:
         """An error that points at the line of ``key``, such as ``("training", "batch_size")``."""
         return self._document.error(key, message, hint=hint)
@@ -189,18 +199,26 @@ _DEFAULTS: dict[str, Any] = {
     "seed": None,
 }
 
+# (section, one key, the key that it excludes)
+_ALTERNATIVES = (("schedule", "target_speedup", "fraction"), ("privacy", "target_epsilon", "noise_multiplier"))
+
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> path of the run configurations that come with the project."""
     return {p.stem: p for folder in reversed(_SHIPPED) if folder.is_dir() for p in sorted(folder.glob("*.yaml"))}
 
 
-def load_config(path: str | Path, overrides: Mapping[KeyPath, Any] | None = None) -> RunConfig:
+def load_config(
+    path: str | Path,
+    overrides: Mapping[KeyPath, Any] | None = None,
+    origins: Mapping[KeyPath, tuple[str, int]] | None = None,
+) -> RunConfig:
     """Reads and checks a run configuration.
 
     Args:
         path: a YAML file, or the name of a shipped configuration.
         overrides: key path -> value, put in the file's place before anything is checked; None removes the key.
+        origins: file and line that an override comes from, for errors; default: the command line.
 
     Raises:
         InputError: no such file, or every problem in it, each with file and line.
@@ -211,7 +229,7 @@ def load_config(path: str | Path, overrides: Mapping[KeyPath, Any] | None = None
         if name not in shipped or len(Path(path).parts) > 3:
             raise InputError(f"no such configuration: {path}", hint=suggestion(name, shipped))
         path = shipped[name]
-    document = _without_nulls(_overridden(read_yaml(path), overrides or {}), _DEFAULTS)
+    document = _without_nulls(_overridden(read_yaml(path), overrides or {}, origins or {}), _DEFAULTS)
     raise_all(problems(document, SPECIFICATION))
     data = document.data
     resolved = {key: _filled(data.get(key), _DEFAULTS.get(key)) for key in SPECIFICATION.entries}
@@ -234,22 +252,43 @@ def _filled(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _overridden(document: Document, overrides: Mapping[KeyPath, Any]) -> Document:
+def with_alternatives(overrides: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
+    """The overrides, and for a key that excludes another, such as fraction and target_speedup, the other's removal."""
+    removed: dict[KeyPath, Any] = {}
+    for section, *pair in _ALTERNATIVES:
+        for key, other in (pair, reversed(pair)):
+            if overrides.get((section, key)) is not None and (section, other) not in overrides:
+                removed[section, other] = None
+    return {**overrides, **removed}
+
+
+def _overridden(
+    document: Document, overrides: Mapping[KeyPath, Any], origins: Mapping[KeyPath, tuple[str, int]]
+) -> Document:
     data, lines, files = document.data, dict(document.lines), dict(document.files)
     if not isinstance(data, dict):
         return document
     data = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
     for key, value in overrides.items():
         section: Any = data
-        for part in key[:-1]:
+        file, line = origins.get(key, ("command line", 0))
+        for depth, part in enumerate(key[:-1], start=1):
+            if part not in section:
+                lines[key[:depth]], files[key[:depth]] = line, file
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
                 return document  # the check of the document itself says what is wrong
         section.pop(key[-1], None)
         if value is not None:
             section[key[-1]] = value
-        lines[key], files[key] = 0, "command line"
+        lines[key], files[key] = line, file
     return replace(document, data=data, lines=lines, files=files)
+
+
+def _set(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``data`` is not at its default."""
+    nested = {k: _set(v, defaults.get(k) or {}) if isinstance(v, Mapping) else v for k, v in data.items()}
+    return {k: v for k, v in nested.items() if v != defaults.get(k) and v != {}}
 
 
 def _without_nulls(document: Document, defaults: Mapping[str, Any]) -> Document:
