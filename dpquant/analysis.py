@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpquant.distributed import ALONE, Processes
 from dpquant.released import ReleasedMoments, combine, loss_impacts, weight_errors
 from dpquant.sensitivity import AnalysisSettings, Policy, loss_differences, release
 from dpquant.training_probe import release_aggregate, training_differences
@@ -26,10 +27,12 @@ def probe(
     generator: torch.Generator,
     *,
     max_grad_norm: float,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """One private analysis: every policy probed on a Poisson sample, and the noisy result, [P].
 
-    What it spends is ``settings.event``, to be on record before this is called.
+    What it spends is ``settings.event``, to be on record before this is called. Several processes share the sample
+    (``probe: training``, whose steps see all of it, shares the policies), and the first one adds the noise.
 
     Args:
         module: the private module.
@@ -40,35 +43,38 @@ def probe(
         settings: of the analysis.
         generator: of the noise alone.
         max_grad_norm: of the steps of ``probe: training``.
+        processes: those that take part, all with the same arguments.
     """
+    noise_multiplier = settings.noise_multiplier if processes.first else 0.0
     if settings.probe == "training":
+        own = processes.share(torch.arange(len(policies)))
         differences = training_differences(
             module,
             per_example_loss,
             collate(sample),
-            policies,
+            [policies[i] for i in own],
             steps=settings.probe_steps,
             learning_rate=settings.probe_learning_rate,
             max_grad_norm=max_grad_norm,
             expected_batch_size=settings.expected_batch_size,
         )
-        return release_aggregate(
-            differences,
-            max_norm=settings.max_norm,
-            noise_multiplier=settings.noise_multiplier,
-            generator=generator,
+        (gathered,) = processes.sum([differences.new_zeros(len(policies)).index_copy(0, own, differences)])
+        released = release_aggregate(
+            gathered, max_norm=settings.max_norm, noise_multiplier=noise_multiplier, generator=generator
         )
+        return processes.broadcast(released)
     rows = [torch.zeros(0, len(policies), dtype=torch.float64)]
-    for part in sample.split(settings.expected_batch_size):
+    for part in processes.share(sample).split(settings.expected_batch_size):
         if len(part):
             rows.append(loss_differences(module, per_example_loss, collate(part), policies))
-    return release(
+    released = release(
         torch.cat(rows),
         max_norm=settings.max_norm,
-        noise_multiplier=settings.noise_multiplier,
+        noise_multiplier=noise_multiplier,
         expected_batch_size=settings.expected_batch_size,
         generator=generator,
     )
+    return processes.sum([released])[0]
 
 
 def estimate(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from dpquant import analysis as analyses
 from dpquant import clipping as clip
 from dpquant import privacy, schedule, sensitivity
+from dpquant.distributed import ALONE, Processes
 from dpquant.released import ReleasedMoments, observe
 from dpquant.sampling import PoissonSampler, poisson_draw, private_loader
 from dpquant.streams import fresh_root, stream, stream_seed
@@ -53,13 +54,27 @@ class Epoch:
 
 
 class _AccountedOptimizer(clip.PrivateOptimizer):
-    """The clipping optimizer that tells its engine of a step before the step's noise is drawn."""
+    """The clipping optimizer that tells its engine of a step before the step's noise is drawn.
+
+    On several processes the noise is part of what the first one gives to the sum: it exists once, and not before the
+    step is in the ledger.
+    """
 
     before_noise: Callable[[], torch.Generator]
+    processes: Processes
+    noise_multiplier: float
 
     def add_noise(self) -> None:
         self.generator = self.before_noise()
-        super().add_noise()
+        multiplier = self.noise_multiplier
+        try:
+            if not self.processes.first:
+                self.noise_multiplier = 0.0
+            super().add_noise()
+        finally:
+            self.noise_multiplier = multiplier
+        for p, total in zip(self.params, self.processes.sum([p.grad for p in self.params]), strict=True):
+            p.grad = total
 
 
 class DPQuantEngine:
@@ -82,6 +97,7 @@ class DPQuantEngine:
         seed: root of every random stream: equal seeds give equal runs. It must stay secret for the guarantee to hold
             against whoever knows it. None: secret, from the operating system.
         root: the root itself, where a run is continued; instead of ``seed``.
+        processes: those that share the run, from ``distributed.joined()``: all call the same methods in the same order.
 
     Raises:
         InputError: an argument is out of range, or a name is unknown.
@@ -102,6 +118,7 @@ class DPQuantEngine:
         accumulate: str = "float32",
         seed: int | None = None,
         root: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         if scheduler not in schedule.SCHEDULERS:
             raise InputError(f"unknown scheduler={scheduler!r}", hint=suggestion(scheduler, schedule.SCHEDULERS))
@@ -125,10 +142,13 @@ class DPQuantEngine:
         self.target_speedup, self.fraction = target_speedup, fraction
         self.analysis = analysis or sensitivity.AnalysisSettings()
         self.accountant = accountant
-        self._root = root if root is not None else fresh_root() if seed is None else stream_seed(seed, "root")
+        self.processes = processes
+        root = root if root is not None else fresh_root() if seed is None else stream_seed(seed, "root")
+        self._root = processes.broadcast(root)
         self.ledger = privacy.PrivacyLedger()
         self._append: Callable[[privacy.PrivacyEvent], object] = lambda event: None
         self._written_ahead: dict[str, int] = {}
+        self._same_arithmetic = True
         self.step = self.epoch = 0
         self.sensitivities: dict[str, float] | None = None
         self._probed: dict[str, float] | None = None
@@ -193,6 +213,7 @@ class DPQuantEngine:
             module=private,
         )
         self._optimizer.before_noise = self._before_noise
+        self._optimizer.processes = self.processes
         if self.scheduler == "dpquant" and self.analysis.estimator != "probe":
             self._optimizer.attach_step_hook(self._observe)
         self._max_grad_norm = max_grad_norm
@@ -204,7 +225,10 @@ class DPQuantEngine:
             root=self._root,
             steps=lambda: range(self.step, min((self.epoch + 1) * self.steps_per_epoch, self.last_step)),
             inside=lambda inside: self._quantize(self._plan if inside else {}),
+            processes=self.processes,
         )
+        self.processes.agree("what they train", self._examples, self.sample_rate, self.plan_ledger)
+        self.processes.agree("the model they start from", tensors=private.parameters())
         self._loader = private_loader(
             data_loader,
             sampler,
@@ -316,8 +340,10 @@ class DPQuantEngine:
             analysed = self._due(self.epoch)
             if analysed:
                 self._probed = self._analyse()
-            self.sensitivities = self._estimate()
+            self.sensitivities = self.processes.broadcast(self._estimate())
             self._plan = plan = self._draw()
+            self.processes.agree("the schedule", self.epoch, self.step, dict(plan), self.sensitivities)
+            self.processes.agree("the model", tensors=self._module.parameters())
             yield Epoch(
                 index=self.epoch,
                 plan=plan,
@@ -383,6 +409,8 @@ class DPQuantEngine:
             "sensitivities": self._probed,
             "moments": None if self._moments is None else vars(self._moments),
             "ledger": self.ledger.to_json_lines(),
+            "last_step": self.last_step,
+            "arithmetic": self._arithmetic(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -393,6 +421,8 @@ class DPQuantEngine:
         moments = state.get("moments")
         self._moments = None if moments is None else ReleasedMoments(**moments)
         self.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
+        self._same_arithmetic = state.get("arithmetic") == self._arithmetic()
+        self.last_step = state.get("last_step", self.last_step)
 
     def write_ahead(self, written: privacy.PrivacyLedger, append: Callable[[privacy.PrivacyEvent], object]) -> None:
         """Has every event durably recorded by ``append`` before its noise is drawn.
@@ -400,7 +430,8 @@ class DPQuantEngine:
         Args:
             written: what the record holds already. Where it is ahead of the engine, a run was stopped between; the same
                 steps are taken again with the same bits, and so are not counted twice. That needs arithmetic that
-                repeats to the bit: elsewhere than on the CPU repeated steps are counted again.
+                repeats to the bit: on a GPU, or on another number of processes or threads than the checkpoint was
+                written by, repeated steps are counted again. A checkpoint is then to be written before the first step.
             append: puts one event on record.
         """
         self._append = append
@@ -422,7 +453,14 @@ class DPQuantEngine:
         return probes and epoch % self.analysis.interval == 0
 
     def _repeats_to_the_bit(self) -> bool:
-        return next(self._module.parameters()).device.type == "cpu"
+        return self._same_arithmetic and self._arithmetic() is not None
+
+    def _arithmetic(self) -> str | None:
+        """What the order of additions depends on; None where it differs from run to run."""
+        if next(self._module.parameters()).device.type != "cpu":
+            return None
+        threads, width = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+        return f"torch {torch.__version__}, {width}, {threads} threads, {self.processes.size} processes"
 
     def _stop_within_budget(self) -> None:
         """Moves the last step to where the target is spent, if steps were counted twice; due analyses stay paid for."""
@@ -489,6 +527,7 @@ class DPQuantEngine:
             self.analysis,
             stream(self._root, "analysis-noise", self.epoch),
             max_grad_norm=self._max_grad_norm,
+            processes=self.processes,
         )
         now = dict(zip(self.workload.quantizable, released.tolist(), strict=True))
         return sensitivity.smooth(self._probed, now, self.analysis.decay)

@@ -12,6 +12,7 @@ from opacus.utils.batch_memory_manager import BatchSplittingSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, get_worker_info
 
+from dpquant.distributed import ALONE, Processes
 from dpquant.streams import stream
 from emulation.errors import InputError
 
@@ -33,6 +34,7 @@ class PoissonSampler(Sampler[list[int]]):
         root: root seed of the run.
         steps: called at the start of an iteration; the steps whose batches it yields.
         inside: called with True when an iteration starts and with False when it ends, however it ends.
+        processes: all draw the same batch, and each yields its own part of it.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class PoissonSampler(Sampler[list[int]]):
         root: int,
         steps: Callable[[], range],
         inside: Callable[[bool], None],
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._size, self._sample_rate, self._root = size, sample_rate, root
         self._steps, self._inside = steps, inside
 
@@ -55,7 +59,8 @@ class PoissonSampler(Sampler[list[int]]):
         try:
             for step in self._steps():
                 generator = stream(self._root, "sampling", step)
-                yield poisson_draw(self._size, self._sample_rate, generator).tolist()
+                drawn = poisson_draw(self._size, self._sample_rate, generator)
+                yield self._processes.share(drawn).tolist()
         finally:
             self._inside(False)
 

@@ -11,6 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dpquant import ledger_file, models, privacy
 from dpquant.config import RunConfig
 from dpquant.data import DataSettings, Splits, load_data
+from dpquant.distributed import ALONE, Processes
 from dpquant.engine import DPQuantEngine, Epoch
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder
 from dpquant.sensitivity import AnalysisSettings
@@ -52,6 +54,7 @@ def prepare(
     root: int | None = None,
     splits: Splits | None = None,
     adapt: Callable[[nn.Module], nn.Module] | None = None,
+    processes: Processes = ALONE,
 ) -> Training:
     """Everything before the first step: data, model, workload, hardware, reachability, noise.
 
@@ -60,6 +63,7 @@ def prepare(
         root: the root seed of a run that is resumed; None derives it from the configuration's seed, or draws one.
         splits: data to use in place of the configuration's.
         adapt: makes of the configuration's model the one to train.
+        processes: those that share the run; each calls this, and ``root`` is the first one's.
 
     Raises:
         InputError: whatever cannot be used or reached, with the configuration's line where there is one.
@@ -81,6 +85,7 @@ def prepare(
         raise config.error(("privacy", "target_delta"), message, hint=f"{0.1 / declared:.0e}, say")
     if root is None:
         root = fresh_root() if config["seed"] is None else stream_seed(config["seed"], "root")
+    root = processes.broadcast(root)
     model = _model(config, splits, root)
     model = (model if adapt is None else adapt(model)).to(device)
     with config.at("hardware", "profile"):
@@ -100,6 +105,7 @@ def prepare(
             accountant=budget["accountant"],
             accumulate=settings["accumulate"],
             root=root,
+            processes=processes,
         )
         optimizer = _optimizer(config, model)
         parts = engine.make_private(
@@ -128,8 +134,10 @@ def prepare(
     )
 
 
-def train(training: Training, folder: RunFolder) -> Iterator[EpochRecord]:
+def train(training: Training, folder: RunFolder | None) -> Iterator[EpochRecord]:
     """Trains the epochs that are left, each on disk before it is yielded.
+
+    Of several processes the first one keeps the folder; the others have none and yield the same records.
 
     Args:
         training: what :func:`prepare` gave.
@@ -153,7 +161,9 @@ def train(training: Training, folder: RunFolder) -> Iterator[EpochRecord]:
             loss.backward()
             optimizer.step()
             totals.add(outputs, labels, loss)
-        loss_value, accuracy = evaluate(module, training.splits.test)
+        totals.nonfinite = optimizer.nonfinite_examples - nonfinite
+        totals.add_up(engine.processes)
+        loss_value, accuracy = evaluate(module, training.splits.test, engine.processes)
         record = EpochRecord(
             **_modelled(engine, epoch),
             steps=engine.step - epoch.index * engine.steps_per_epoch,
@@ -165,26 +175,28 @@ def train(training: Training, folder: RunFolder) -> Iterator[EpochRecord]:
             test_loss=loss_value,
             test_accuracy=accuracy,
             examples=totals.examples,
-            nonfinite_examples=optimizer.nonfinite_examples - nonfinite,
+            nonfinite_examples=totals.nonfinite,
             wall_s=time.perf_counter() - started,
             analysis_wall_s=epoch.analysis_wall_s,
         )
-        folder.append(record)
-        _save(training, folder, epoch.index + 1)
+        if folder is not None:
+            folder.append(record)
+            _save(training, folder, epoch.index + 1)
         yield record
 
 
-def evaluate(module: nn.Module, data: TensorDataset) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in [0, 1] of the full-precision weights on ``data``."""
+def evaluate(module: nn.Module, data: TensorDataset, processes: Processes = ALONE) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in [0, 1] of the full-precision weights on ``data``, shared by ``processes``."""
     module.eval()
-    images, labels = data.tensors
+    images, labels = (processes.share(t) for t in data.tensors)
     loss = correct = 0.0
     with torch.no_grad():
         for x, y in zip(images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True):
             outputs = module(x)
             loss += F.cross_entropy(outputs, y, reduction="sum").item()
             correct += (outputs.argmax(1) == y).sum().item()
-    return loss / len(labels), correct / len(labels)
+    (sums,) = processes.sum([torch.tensor([loss, correct], dtype=torch.float64)])
+    return float(sums[0]) / len(data), float(sums[1]) / len(data)
 
 
 class _Totals:
@@ -192,13 +204,20 @@ class _Totals:
 
     def __init__(self) -> None:
         self.loss = 0.0
-        self.correct = self.examples = 0
+        self.correct = self.examples = self.nonfinite = 0
 
     def add(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> None:
         if len(labels):
             self.loss += loss.item() * len(labels)
             self.correct += int((outputs.detach().argmax(1) == labels).sum())
             self.examples += len(labels)
+
+    def add_up(self, processes: Processes) -> None:
+        """Makes of every process's part the whole."""
+        counts = (self.loss, self.correct, self.examples, self.nonfinite)
+        (sums,) = processes.sum([torch.tensor(counts, dtype=torch.float64)])
+        self.loss = float(sums[0])
+        self.correct, self.examples, self.nonfinite = (int(n) for n in sums[1:])
 
     @property
     def mean_loss(self) -> float | None:
@@ -300,21 +319,28 @@ def _modelled(engine: DPQuantEngine, epoch: Epoch) -> dict[str, Any]:
     }
 
 
-def _restore(training: Training, folder: RunFolder) -> None:
+def _restore(training: Training, folder: RunFolder | None) -> None:
     """Sets the run to where its folder says it stopped, and makes its ledger write-ahead from here on."""
-    engine = training.engine
-    state = folder.load_checkpoint(map_location=training.config["training"]["device"])
+    engine, device = training.engine, training.config["training"]["device"]
+    state = folder.load_checkpoint(map_location=device) if folder is not None else None
+    state = engine.processes.broadcast(state, device)
     if state is not None:
         training.model.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         engine.load_state(state["engine"])
-    folder.keep_records(engine.epoch)
-    if not folder.ledger_path.exists():
-        ledger_file.create_ledger(folder.ledger_path, folder.run_id)
-    written = ledger_file.read_ledger(folder.ledger_path, folder.run_id)
-    engine.write_ahead(written, lambda event: ledger_file.append_event(folder.ledger_path, event))
-    if state is None:
-        _save(training, folder, 0)
+    written = privacy.PrivacyLedger()
+    append = None
+    if folder is not None:
+        ledger_path = folder.ledger_path
+        folder.keep_records(engine.epoch)
+        if not ledger_path.exists():
+            ledger_file.create_ledger(ledger_path, folder.run_id)
+        written = ledger_file.read_ledger(ledger_path, folder.run_id)
+        append = partial(ledger_file.append_event, ledger_path)
+    lines = engine.processes.broadcast(written.to_json_lines())
+    engine.write_ahead(privacy.PrivacyLedger.from_json_lines(lines), append or (lambda event: None))
+    if folder is not None:
+        _save(training, folder, engine.epoch)
 
 
 def _save(training: Training, folder: RunFolder, epochs_done: int) -> None:

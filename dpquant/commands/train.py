@@ -15,6 +15,8 @@ from emulation.errors import InputError
 
 if TYPE_CHECKING:
     from dpquant.config import RunConfig
+    from dpquant.distributed import Processes
+    from dpquant.train import Training
 
 SUMMARY = "Train privately from a configuration; resumable."
 EXAMPLES = """\
@@ -22,8 +24,13 @@ examples:
   dpquant train digits                                 a configuration that ships with dpquant
   dpquant train my.yaml --out runs/mine --target-speedup 1.4
   dpquant train digits --scheduler static --seed 1 --out runs/static-1
-  dpquant train --resume runs/mine                     go on where it stopped"""
+  dpquant train --resume runs/mine                     go on where it stopped
+  torchrun --nproc-per-node 8 -m dpquant train my.yaml --device cuda      on eight devices of one host"""
 
+_NO_FSDP = (
+    "an example's gradient norm needs the whole weight gradient of each layer as it was quantized, and the sharded "
+    "path of Opacus clips by a second backward, which rounds anew; use --parallel data"
+)
 _OVERRIDES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "target_speedup": (("schedule", "target_speedup"), float, "modelled speedup every epoch must meet"),
     "fraction": (("schedule", "fraction"), float, "share of the layers to quantize instead of a target speedup"),
@@ -45,30 +52,59 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/NAME-DATE-TIME")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--tensorboard", action="store_true", help="also write event files into the run folder")
+    parser.add_argument(
+        "--parallel",
+        choices=("data", "fsdp"),
+        default="data",
+        help="how the processes of torchrun share the work: data (each holds the whole model), or fsdp (refused)",
+    )
     changes = parser.add_argument_group("in place of what the configuration says")
     for name, (_, kind, text) in _OVERRIDES.items():
         changes.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code. Of the processes of ``torchrun``, the first one talks."""
+    from dpquant.distributed import joined
+
+    with joined() as processes:
+        return _run(args, out if processes.first else Output(out.form, True), processes)
+
+
+def _run(args: argparse.Namespace, out: Output, processes: Processes) -> int:
     if (args.config is None) == (args.resume is None):
         raise InputError("give a CONFIG, or --resume RUN", hint="dpquant train digits is the demonstration")
+    if args.parallel == "fsdp":
+        raise InputError("--parallel fsdp: sharded weights cannot be trained with exact clipping yet", hint=_NO_FSDP)
     given = {name: value for name in _OVERRIDES if (value := getattr(args, name)) is not None}
     if args.tensorboard:
         _summary_writer()  # refused now rather than after the first epoch
     if args.resume is not None and (given or args.out):
         option = "--out" if args.out else f"--{next(iter(given)).replace('_', '-')}"
         raise InputError(f"{option} cannot change a run that is resumed", hint="start a new one")
-    if args.resume is not None and (finished := load_run(args.resume)).complete:
-        out.say(f"{args.resume} is complete")
+    complete = processes.broadcast(args.resume is not None and processes.first and load_run(args.resume).complete)
+    if complete:
+        path = Path(args.resume)
+        out.say(f"{path} is complete")
     else:
-        folder, facts, records = _resumed(args.resume, out) if args.resume else _started(args, given, out)
+        training, folder = (
+            _resumed(args.resume, out, processes) if args.resume else _started(args, given, out, processes)
+        )
+        from dpquant.train import train
+
+        records = train(training, folder)
+        if folder is None:
+            for _ in records:
+                pass
+            return 0
         if args.tensorboard:
             records = _with_events(records, folder.path)
         with folder:
-            _talk(records, facts, folder, out)
-        finished = load_run(folder.path)
+            _talk(records, training.facts, folder, out)
+        path = folder.path
+    if not processes.first:
+        return 0
+    finished = load_run(path)
     if out.form == "json":
         out.json(report.to_json(finished))
     else:
@@ -78,46 +114,42 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _started(
-    args: argparse.Namespace, given: dict[str, Any], out: Output
-) -> tuple[RunFolder, RunFacts, Iterator[EpochRecord]]:
+    args: argparse.Namespace, given: dict[str, Any], out: Output, processes: Processes
+) -> tuple[Training, RunFolder | None]:
     """A new run: everything that can be refused is, before its folder is made."""
     config = _configuration(args.config, given)
-    from dpquant.train import prepare, train
+    from dpquant.train import prepare
 
     out.say("preparing: data, workload, noise")
-    training = prepare(config)
+    training = prepare(config, processes=processes)
+    if not processes.first:
+        return training, None
     path = Path(args.out) if args.out else _fresh_folder(config["name"])
-    folder = RunFolder.create(path, config=config.data, facts=training.facts)
-    return folder, training.facts, train(training, folder)
+    return training, RunFolder.create(path, config=config.data, facts=training.facts)
 
 
-def _resumed(path: str, out: Output) -> tuple[RunFolder, RunFacts, Iterator[EpochRecord]]:
+def _resumed(path: str, out: Output, processes: Processes) -> tuple[Training, RunFolder | None]:
     from dpquant.config import load_config
-    from dpquant.train import prepare, train
+    from dpquant.train import prepare
 
-    folder = RunFolder.resume(path)
+    folder = RunFolder.resume(path) if processes.first else None
     try:
-        state = folder.load_checkpoint()
+        state = folder.load_checkpoint() if folder is not None else None
         out.say(f"resuming {path}")
-        training = prepare(load_config(Path(path) / "config.yaml"), root=state["engine"]["root"] if state else None)
+        root = state["engine"]["root"] if state else None
+        training = prepare(load_config(Path(path) / "config.yaml"), root=root, processes=processes)
     except BaseException:
-        folder.close()
+        if folder is not None:
+            folder.close()
         raise
-    return folder, training.facts, train(training, folder)
+    return training, folder
 
 
 def _configuration(path: str, given: dict[str, Any]) -> RunConfig:
-    from dpquant.config import load_config
+    from dpquant.config import load_config, with_alternatives
 
     overrides: dict[tuple[str | int, ...], Any] = {_OVERRIDES[name][0]: value for name, value in given.items()}
-    # the two exclude one another: the one given on the command line stands
-    if "target_speedup" in given and "fraction" not in given:
-        overrides[("schedule", "fraction")] = None
-    if "fraction" in given and "target_speedup" not in given:
-        overrides[("schedule", "target_speedup")] = None
-    if "target_epsilon" in given:
-        overrides[("privacy", "noise_multiplier")] = None
-    return load_config(path, overrides)
+    return load_config(path, with_alternatives(overrides))
 
 
 def _fresh_folder(name: str) -> Path:

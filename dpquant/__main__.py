@@ -1,0 +1,7 @@
+"""``python -m dpquant``: the command line, also for ``torchrun -m dpquant train``."""
+
+import sys
+
+from dpquant.cli import main
+
+sys.exit(main())
