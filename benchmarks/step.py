@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from dpquant.clipping import PrivateOptimizer, private_criterion, private_module
 from dpquant.models import build_model
 from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
+from hwmodels.nvml import power_meter
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "digits": ("digits_cnn", {}, (1, 8, 8)),
@@ -58,6 +59,7 @@ class Row:
     ratio: float
     examples_per_s: float
     peak_bytes: int | None
+    joules: float | None = None
 
 
 def plain(module: nn.Module, x: Tensor, y: Tensor) -> Step:
@@ -152,11 +154,13 @@ def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
     y = torch.randint(0, 10, (batch,), generator=generator).to(device)
     if args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    x = x.to(dtype)
     steps: dict[str, Step] = {}
     peaks: dict[str, int | None] = {}
     for case, make in cases(args.formats, not args.no_peers).items():
         try:
-            steps[case] = make(build_model(name, **options).to(device), x, y)
+            steps[case] = make(build_model(name, **options).to(device, dtype), x, y)
             for _ in range(args.warmup):
                 steps[case]()
             peaks[case] = _peak(steps[case], device)
@@ -169,6 +173,7 @@ def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
         for case, step in steps.items():
             times[case].append(_seconds(step, device))
     medians = {case: statistics.median(t) for case, t in times.items()}
+    energy = {case: _joules(step, device) for case, step in steps.items()} if args.energy else {}
     return [
         Row(
             model=model,
@@ -178,6 +183,7 @@ def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
             ratio=m / medians["plain SGD"],
             examples_per_s=batch / m,
             peak_bytes=peaks[case],
+            joules=energy.get(case),
         )
         for case, m in medians.items()
     ]
@@ -209,6 +215,19 @@ def _peak(step: Step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def _joules(step: Step, device: torch.device, seconds: float = 0.7) -> float:
+    """Energy of the board per step, while it is made over and over, after as long a warm-up."""
+    meter = power_meter(str(torch.cuda.get_device_properties(device).uuid))
+    before, count = 0.0, 0
+    for lasting in (0.3, seconds):
+        before, count, end = meter.joules(), 0, time.perf_counter() + lasting
+        while time.perf_counter() < end:
+            step()
+            torch.cuda.synchronize()
+            count += 1
+    return (meter.joules() - before) / count
+
+
 def keep_freed_memory() -> bool:
     """Has glibc keep what tensors free: returning it to the kernel costs more than a step's arithmetic."""
     try:
@@ -224,9 +243,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["digits", "fashion", "resnet18-imagenet"], choices=MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
     parser.add_argument("--formats", nargs="*", default=["luq_fp4", "fp8"], choices=FORMATS)
-    parser.add_argument("--precision", choices=("float32", "tf32"), default="float32")
+    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--energy", action="store_true", help="also joules per step of the board (CUDA)")
     parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20)
@@ -247,6 +267,7 @@ def main() -> None:
             print(f"\n{model}, batch {batch}")
             for r in found:
                 peak = "" if r.peak_bytes is None else f" {r.peak_bytes / 2**20:9.0f} MiB"
+                peak += "" if r.joules is None else f" {r.joules:8.2f} J"
                 print(
                     f"  {r.case:28s} {r.median_ms:10.2f} ms {r.ratio:6.2f}x {r.examples_per_s:10.0f}/s{peak}",
                     flush=True,
