@@ -198,18 +198,18 @@ def _built(compiler: str) -> Path:
     """The compiled library, from the cache if it is there."""
     source = _SOURCE.read_bytes()
     digest = hashlib.sha256(source + " ".join([compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpquant"
+    name = f"quantize-{digest}.so"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpquant"
         root.mkdir(parents=True, exist_ok=True)
         writable = os.access(root, os.W_OK)
-    except OSError:
-        writable = False
-    built = root / f"quantize-{digest}.so"
-    if built.exists():
-        return built
+    except (OSError, RuntimeError):  # no such place, or no home
+        root, writable = Path(), False
+    if writable and (root / name).exists():
+        return root / name
     if not writable:
         root = Path(tempfile.mkdtemp(prefix="dpquant-"))
-        built = root / built.name
+    built = root / name
     _LOG.info("compiling %s with %s, once (about 2 s; kept in %s)", _SOURCE.name, compiler, root)
     with tempfile.TemporaryDirectory(dir=root) as folder:
         fresh = Path(folder) / built.name
