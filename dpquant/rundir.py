@@ -180,7 +180,7 @@ class RunFolder:
         if held:
             hint = f"continue it with --resume {path}, or choose another folder with --out"
             raise InputError(f"run folder '{path}' is not empty: it holds {held[0]!r}", hint=hint)
-        folder = cls(path, uuid.uuid4().hex, _take_lock(path))
+        folder = cls(path, uuid.uuid4().hex, take_lock(path))
         if (path / "run.json").exists():  # another process was quicker between the look and the lock
             raise InputError(f"run folder '{path}' is not empty: it holds 'run.json'")
         write_atomic(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False).encode())
@@ -196,7 +196,7 @@ class RunFolder:
             InputError: no run folder, a damaged one, or one that another process holds.
         """
         path = Path(path)
-        folder = cls(path, _read_start(path)["run_id"], _take_lock(path))
+        folder = cls(path, _read_start(path)["run_id"], take_lock(path))
         folder.keep_records(sys.maxsize)  # a line cut short by a crash must not be continued by the next one
         return folder
 
@@ -447,7 +447,7 @@ def _read_records(path: Path) -> tuple[EpochRecord, ...]:
     return tuple(records)
 
 
-def _take_lock(path: Path) -> IO[bytes]:
+def take_lock(path: Path) -> IO[bytes]:
     """Hold the folder until the returned file is closed or the process ends."""
     try:
         stream = (path / "lock").open("ab")
