@@ -205,7 +205,7 @@ def _built(compiler: str) -> Path:
         writable = os.access(root, os.W_OK)
     except (OSError, RuntimeError):  # no such place, or no home
         root, writable = Path(), False
-    if writable and (root / name).exists():
+    if root.is_absolute() and (root / name).exists():
         return root / name
     if not writable:
         root = Path(tempfile.mkdtemp(prefix="dpquant-"))
