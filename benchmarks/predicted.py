@@ -113,12 +113,25 @@ def summary(steps: Sequence[Step], profile: HardwareProfile) -> str:
     return f"mean {sum(off) / len(off):.1%} off, at most {max(off):.1%}, {len(off)} rows" if off else "no rows"
 
 
+def table(steps: Sequence[Step], profile: HardwareProfile) -> str:
+    """Milliseconds in Markdown: a row per network, precision and batch size, measured and predicted per case."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for step in steps:
+        off = step.predicted(profile).step_s / step.seconds - 1
+        cells = rows.setdefault((step.model, step.precision, step.batch_size), [])
+        cells.append(f"{step.seconds * 1e3:.1f} ({off:+.0%}){'*' if step.held_out else ''}")
+    lines = [["network", "precision", "batch", *CASES], ["---"] * (3 + len(CASES))]
+    lines += [[*map(str, key), *cells] for key, cells in rows.items()]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def main() -> None:
     """Print one line per measured row, or the fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--hardware", default="h200")
     parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/calibration.md")
     args = parser.parse_args()
     steps = measured(args.files or sorted(RESULTS.glob(f"step_{args.hardware.split('_')[0]}_*.json")))
     profile = load_profile(args.hardware)
@@ -128,6 +141,9 @@ def main() -> None:
         profile = replace(profile, eager=fit(trained, profile))
         print("\n".join(f"  {name}: {value:.3g}" for name, value in asdict(profile.eager).items()))
         print(f"fitted to: {summary(trained, profile)}\nheld out:  {summary(tested, profile)}")
+    if args.markdown:
+        print(table(steps, profile))
+        return
     print("model              precision batch case           measured  predicted    off  bound")
     for step in steps:
         found = step.predicted(profile)

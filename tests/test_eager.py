@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from hwmodels.eager import EAGER, EagerCosts
 from hwmodels.profile import check, load_profile
 from hwmodels.workload import trace
 
+ROOT = Path(__file__).parent.parent
 SECONDS = st.floats(0, 10)
 
 
@@ -50,3 +54,26 @@ def test_a_profile_gives_them_with_their_source(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("extends: h200\neager:\n  kernel_s: {value: 20, status: fitted, source: LTN}\n  layer_s: 1\n")
     assert len(check(bad)) == 2
+
+
+def predictions() -> Any:
+    spec = importlib.util.spec_from_file_location("predicted", ROOT / "benchmarks" / "predicted.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["predicted"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_every_measured_step_and_how_far_off_its_prediction_is() -> None:
+    module, profile = predictions(), load_profile("h200")
+    steps = module.measured(sorted(module.RESULTS.glob("step_h200_*.json")))
+    page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+    assert module.table(steps, profile) in page, "run `python benchmarks/predicted.py --markdown`"
+    held_out = [step for step in steps if step.held_out]
+    seen = [step for step in steps if not step.held_out]
+    assert min(len(held_out), len(seen)) >= 12
+    for step in steps:
+        off = abs(step.predicted(profile).step_s / step.seconds - 1)
+        assert off < (0.2 if step.batch_size == 1024 else 0.3), step
