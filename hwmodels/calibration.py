@@ -175,7 +175,12 @@ _KERNEL_FIELDS = Fields(
         "correction": Fields(
             required=False,
             doc="residual on a coarse grid: a text per m, in it a value per (n, k), k fastest, in hundredths of ln",
-            entries={"m": _KNOTS, "n": _KNOTS, "k": _KNOTS, "percent": Items(item=Text(pattern=r"[-0-9 ]+"))},
+            entries={
+                "m": _KNOTS,
+                "n": _KNOTS,
+                "k": _KNOTS,
+                "percent": Items(item=Text(pattern=r"-?[0-9]{1,4}( -?[0-9]{1,4})*")),
+            },
         ),
         "band": Items(item=Number(), minimum=2, doc="10 % and 90 % quantiles of ln(measured / predicted)"),
         "range": Fields(entries={"m": _RANGE, "n": _RANGE, "k": _RANGE}, doc="smallest and largest size fitted"),

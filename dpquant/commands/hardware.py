@@ -223,13 +223,13 @@ def _check(args: argparse.Namespace, out: Output) -> int:
             for e in found
         ]
         if not found and out.form != "json":
-            out.show(f"{file}: no problem found")
+            print(f"{file}: no problem found")
     if out.form == "json":
         keys = ("file", "line", "message", "hint")
         out.json({"files": len(args.files), "problems": [{key: row[key] for key in keys} for row in rows]})
     else:
         for row in rows:
-            out.show(row["text"] + (f"\n  hint: {row['hint']}" if row["hint"] else ""))
+            print(row["text"] + (f"\n  hint: {row['hint']}" if row["hint"] else ""))  # not wrapped: editors parse it
     return 1 if rows else 0
 
 
