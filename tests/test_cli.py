@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from dpquant import cli
 from dpquant.cli import main
+from dpquant.config import shipped_configs
 from dpquant.rundir import load_run
 from emulation.errors import InputError
 from emulation.formats import FORMATS, NumberFormat
-from hwmodels.profile import list_profiles
+from hwmodels.profile import find_profile, list_profiles
 
 Capture = pytest.CaptureFixture[str]
 ESTIMATE = ["estimate", "--model", "resnet18", "--input", "3x32x32", "--batch-size", "64", "--hardware", "h100,b200"]
@@ -197,6 +198,36 @@ def test_no_words_end_in_a_traceback(capsys: Capture, words: list[str]) -> None:
     assert "Traceback" not in captured.err
     assert "defect" not in captured.err, (words, captured.err)
     assert code == 0 or captured.err or "check" in words
+
+
+JUNK = [
+    "nan", ".inf", "-1", "0", "1e999", "null", "[]", "{}", "true", "&a", "*a", "!!python/object:os.system", "\t",
+    "\r\n", "9" * 80, "9" * 400, "ü", "- -", "?", ":", "\x00", "\x85", "'", "#", "<<:", "---",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    profile=st.booleans(),
+    changes=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(JUNK), st.integers(0, 8)), min_size=1, max_size=3),
+)
+def test_no_damaged_yaml_ends_in_a_traceback(
+    capsys: Capture, tmp_path: Path, profile: bool, changes: list[tuple[float, str, int]]
+) -> None:
+    source = find_profile("h100") if profile else shipped_configs()["digits"]
+    text = source.read_text(encoding="utf-8")
+    for place, junk, drop in changes:
+        start = round(place * len(text))
+        text = text[:start] + junk + text[start + drop :]
+    path = tmp_path / "damaged.yaml"
+    path.write_bytes(text.encode("utf-8"))
+    (tmp_path / "spec.yaml").write_text("base: damaged.yaml\nseeds: [0]\n")
+    words = ["hardware", "check", str(path)] if profile else ["sweep", str(tmp_path / "spec.yaml"), "--dry-run"]
+    code = main(words)
+    captured = capsys.readouterr()
+    assert code in (0, 1, 2)
+    assert "defect" not in captured.err, captured.err
+    assert "Traceback" not in captured.err
 
 
 # --- formats
