@@ -237,7 +237,7 @@ def _timed(
     largest = (16384, 16384, 16384) if cuda else (2048, 2048, 2048)
     heaviest = _rates(machine, kernel).peak_flops_per_s * (0.01 if cuda else 0.1)
     rows: list[Measurement] = []
-    for m, n, k in measure.shapes(largest, heaviest):
+    for m, n, k in measure.shapes(largest, heaviest, measure.MULTIPLES[kernel]):
         calls = measure.gemm_calls(kernel, m, n, k, machine.device, machine.cache_bytes)
         seconds = measure.seconds_per_call(calls, machine.device, 0.05)
         rows.append(_product(kernel, m, n, k, seconds))

@@ -91,9 +91,27 @@ def gemm_calls(kernel: str, m: int, n: int, k: int, device: torch.device, cache_
     if kernel == "bfloat16":
         out = torch.empty(m, n, device=device, dtype=torch.bfloat16)
         return [lambda w=w: torch.mm(activation, w.t(), out=out) for w in weights]  # type: ignore[misc]
+    if kernel == "fp8_block" and torch.cuda.get_device_capability(device)[0] == 9:
+        return _hopper_block_calls(activation, weights)
     operands = [_operand(kernel, one) for one in (activation, *weights)]
     scales = [_scales(kernel, rows, k, device) for rows in (m, n)]
     return [lambda w=w: _scaled_mm(operands[0], w, scales) for w in operands[1:]]  # type: ignore[misc]
+
+
+def _hopper_block_calls(activation: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[Call]:
+    """Products with float32 scales: one per 128 of an activation's row, one per 128 x 128 of a weight."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    (m, k), n, device = activation.shape, len(weights[0]), activation.device
+    blocks, rows = math.ceil(k / 128), math.ceil(m / 4) * 4  # the library takes rows by fours, and blocks
+    operand = torch.zeros(rows, k, device=device, dtype=activation.dtype)
+    operand[:m] = activation
+    codes = operand.to(torch.float8_e4m3fn)
+    scale = torch.ones(blocks, rows, device=device).t()
+    weight_scale = torch.ones(math.ceil(n / 128), math.ceil(blocks / 4) * 4, device=device).t()
+    recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    operands = [weight.to(torch.float8_e4m3fn).t() for weight in weights]
+    return [lambda w=w: scaled_mm(codes, w, scale, recipes[0], weight_scale, recipes[1]) for w in operands]  # type: ignore[misc]
 
 
 def _operand(kernel: str, values: torch.Tensor) -> torch.Tensor:
@@ -131,15 +149,19 @@ def kernels_of(device: torch.device) -> dict[str, str | None]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             found[kernel] = None
-        except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, ImportError) as error:
             found[kernel] = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     return found
 
 
-def shapes(largest: Sequence[int], heaviest_flops: float) -> Iterator[tuple[int, int, int]]:
+MULTIPLES = {"bfloat16": 16, "fp8": 16, "nvfp4": 32, "fp8_block": 128}
+"""What a kernel asks n and k to be multiples of."""
+
+
+def shapes(largest: Sequence[int], heaviest_flops: float, multiple: int = 16) -> Iterator[tuple[int, int, int]]:
     """Endless (m, n, k) spread evenly over the logarithms of the sizes, every other m a power of two.
 
-    n and k are multiples of 16, as low-precision kernels ask; products above ``heaviest_flops`` are left out.
+    n and k are multiples of ``multiple``; products above ``heaviest_flops`` are left out.
     """
     golden = 1.2207440846057596  # the root of x^4 = x + 1: its powers spread points evenly in three dimensions
     index = 0
@@ -148,7 +170,10 @@ def shapes(largest: Sequence[int], heaviest_flops: float) -> Iterator[tuple[int,
         u = [(0.5 + index * golden**-axis) % 1.0 for axis in (1, 2, 3)]
         m = max(1, round(largest[0] ** u[0]))
         m = 1 << round(math.log2(m)) if index % 2 else m
-        n, k = (16 * round(2 * (size / 32) ** x) for size, x in zip(largest[1:], u[1:], strict=True))
+        n, k = (
+            multiple * max(1, round(32 / multiple * (size / 32) ** x))
+            for size, x in zip(largest[1:], u[1:], strict=True)
+        )
         if 2.0 * m * n * k <= heaviest_flops:
             yield m, n, k
 

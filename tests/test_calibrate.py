@@ -98,6 +98,7 @@ def test_shapes_are_spread_and_light() -> None:
         assert n % 16 == k % 16 == 0
         assert 32 <= min(n, k) <= max(n, k) <= 8192
         assert 2 * m * n * k <= 1e12
+    assert all(n % 128 == k % 128 == 0 for _, n, k in itertools.islice(measure.shapes((64, 999, 999), 1e12, 128), 99))
     assert min(m for m, _, _ in found) < 4
     assert max(m for m, _, _ in found) > 4096
 
@@ -115,6 +116,22 @@ def test_products_are_what_they_are_said_to_be() -> None:
         "nvfp4": "no such unit in a CPU",
     }
     assert measure.seconds_per_call([lambda: None], CPU, 0.0) < 1.0
+
+
+def test_block_scales_are_laid_out_as_hoppers_library_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn import functional
+
+    seen: list[tuple[torch.Tensor, ...]] = []
+    monkeypatch.setattr(functional, "scaled_mm", lambda a, b, sa, ra, sb, rb: seen.append((a, b, sa, sb)))
+    activation, weight = torch.randn(5, 640), torch.randn(256, 640)
+    (call,) = measure._hopper_block_calls(activation, [weight])
+    call()
+    a, b, scale_a, scale_b = seen[0]
+    assert a.shape == (8, 640)  # rows by fours
+    assert b.shape == (640, 256)
+    assert torch.equal(a[:5].float(), activation.to(torch.float8_e4m3fn).float())
+    assert (tuple(scale_a.shape), scale_a.stride()) == ((8, 5), (1, 8))  # the rows' scales side by side
+    assert (tuple(scale_b.shape), scale_b.stride()) == ((8, 2), (1, 8))  # blocks along k side by side, by fours
 
 
 class Library:
