@@ -257,11 +257,11 @@ def _squared_mu(noise_multiplier: float) -> float:
 def worst_canary(
     config: RunConfig, mechanism: Mechanism, *, examples: int | None = None, seed: int | None = None
 ) -> Pair:
-    """The pair whose canary moves the un-noised release furthest."""
+    """The pair whose canary moves the un-noised release furthest, the same way whatever the rounding's bits."""
     names = canaries(load_data(DataSettings(**config["data"])))
     pairs = [pair(config, mechanism, name, examples=examples, seed=seed) for name in names]
-    moved = [direction(p)[1] for p in pairs]
-    return pairs[max(range(len(pairs)), key=lambda i: math.inf if math.isnan(moved[i]) else moved[i])]
+    moved = [float(direction(p)[0].norm()) for p in pairs]
+    return pairs[max(range(len(pairs)), key=lambda i: moved[i] if math.isfinite(moved[i]) else math.inf)]
 
 
 class CanaryBank(nn.Module):

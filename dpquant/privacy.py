@@ -24,6 +24,7 @@ NEIGHBOURING = "add-or-remove-one"
 _RDP_ORDERS = (
     *(1 + x / 10 for x in range(1, 100)), *range(12, 64), *(64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1000)
 )  # fmt: skip
+_COARSE_ORDERS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)  # a bound in milliseconds, where a guess is enough
 _PRV_ERROR = 0.01  # Opacus's default: PRV's epsilon is an upper bound at most about this much above the true one
 _PRV_POINTS = 2**23  # of the discretized privacy loss: beyond this the FFTs need gigabytes
 _SIGMA_TOLERANCE = 1e-3
@@ -176,15 +177,25 @@ def calibrate_noise(
     _check_accountant(accountant)
     training = PrivacyEvent(mechanism="training", noise_multiplier=1.0, sample_rate=sample_rate, steps=steps)
 
-    def spent(sigma: float, method: Accountant) -> float:
-        events = (*analyses, replace(training, noise_multiplier=sigma))
-        return _composed_epsilon(_merged(events), target_delta, method)
+    def composed(sigma: float) -> Composition:
+        return _merged((*analyses, replace(training, noise_multiplier=sigma)))
+
+    def roughly(sigma: float) -> float:
+        return _rdp_epsilon(composed(sigma), target_delta, _COARSE_ORDERS)
 
     if spent_alone := _analyses_alone(analyses, target_epsilon, target_delta, accountant):
         raise _infeasible(target_epsilon, target_delta, spent_alone, analyses, accountant)
-    start = _feasible_by_doubling(lambda s: spent(s, "rdp") <= target_epsilon)
-    slope = math.log(spent(1.05 * start, "rdp") / spent(start, "rdp")) / math.log(1.05)
-    sigma = _least_sigma(lambda s: spent(s, accountant), target_epsilon, start, slope)
+    start = _feasible_by_doubling(lambda s: roughly(s) <= target_epsilon)
+    if roughly(start) > target_epsilon:  # too loose a bound for what the analyses leave: epsilons add like squares
+        left = math.sqrt(target_epsilon**2 - _composed_epsilon(_merged(analyses), target_delta, accountant) ** 2)
+        start = _feasible_by_doubling(
+            lambda s: _rdp_epsilon(((s, float(sample_rate), steps),), target_delta, _COARSE_ORDERS) <= left
+        )
+    here, further = roughly(start), roughly(1.05 * start)
+    slope = math.log(further / here) / math.log(1.05) if further > 0 else -1.0
+    sigma = _least_sigma(
+        lambda s: _composed_epsilon(composed(s), target_delta, accountant), target_epsilon, start, slope
+    )
     if sigma is None:
         raise _infeasible(target_epsilon, target_delta, None, analyses, accountant)
     return sigma
@@ -245,33 +256,30 @@ def _composed_epsilon(composition: Composition, delta: float, accountant: Accoun
         return 0.0
     if composition[0][0] == 0:
         return math.inf
-    bound = _rdp_epsilon(composition, delta)
-    if accountant == "rdp":
-        return bound
-    exact = _prv_epsilon(composition, delta) if math.isfinite(bound) else None
-    return bound if exact is None else exact
+    exact = _prv_epsilon(composition, delta) if accountant == "prv" else None
+    return _rdp_epsilon(composition, delta) if exact is None else exact
 
 
-def _rdp_epsilon(composition: Composition, delta: float) -> float:
+def _rdp_epsilon(composition: Composition, delta: float, orders: Sequence[float] = _RDP_ORDERS) -> float:
     import numpy as np
 
-    total = sum((steps * _rdp(sigma, rate) for sigma, rate, steps in composition), np.zeros(len(_RDP_ORDERS)))
-    orders = np.array(_RDP_ORDERS, dtype=float)
+    total = sum((steps * _rdp(sigma, rate, orders) for sigma, rate, steps in composition), np.zeros(len(orders)))
+    alpha = np.array(orders, dtype=float)
     # Balle et al., arXiv 1905.09982, theorem 21, as Opacus converts; an order that overflowed gives no bound.
-    bounds = total - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
+    bounds = total - (math.log(delta) + np.log(alpha)) / (alpha - 1) + np.log1p(-1 / alpha)
     finite = bounds[np.isfinite(bounds)]
     return max(0.0, float(finite.min())) if finite.size else math.inf
 
 
 @functools.lru_cache(maxsize=4096)
-def _rdp(sigma: float, rate: float) -> Any:
+def _rdp(sigma: float, rate: float, orders: Sequence[float]) -> Any:
     """Renyi divergences of one release at every order; depends on no step count, so a search pays once."""
     import numpy as np
     from opacus.accountants.analysis import rdp
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        values: Any = np.asarray(rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=_RDP_ORDERS))
+        values: Any = np.asarray(rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=orders))
     return values
 
 
@@ -282,7 +290,7 @@ def _prv_epsilon(composition: Composition, delta: float) -> float | None:
 
     count = sum(steps for _, _, steps in composition)
     mesh = _PRV_ERROR / math.sqrt(count * math.log(12 / (delta / 1000)) / 2)
-    if 2 * (_rdp_epsilon(composition, delta / 4000) + 3) / mesh > _PRV_POINTS:
+    if 2 * (_rdp_epsilon(composition, delta / 4000, _COARSE_ORDERS) + 3) / mesh > _PRV_POINTS:
         return None
     accountant = PRVAccountant()
     accountant.history = list(composition)
@@ -362,7 +370,7 @@ def _analyses_alone(
 ) -> float | None:
     """What the analyses alone spend if it reaches the target, else None."""
     events = _merged(analyses)
-    if _composed_epsilon(events, delta, "rdp") < target / 2:  # far off: spare the slow accountant
+    if _rdp_epsilon(events, delta, _COARSE_ORDERS) < target / 2:  # far off: spare the slow accountant
         return None
     alone = _composed_epsilon(events, delta, accountant)
     return alone if alone >= target else None

@@ -36,7 +36,7 @@ def test_what_is_appended_is_read_back(path):
 
 
 def test_every_truncation_and_every_flipped_bit_is_refused(path):
-    for event in (TRAINING, ANALYSIS, TRAINING):
+    for event in (TRAINING, TRAINING, ANALYSIS):
         append_event(path, event)
     good = path.read_bytes()
     for length in range(len(good)):
