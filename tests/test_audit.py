@@ -101,7 +101,7 @@ def test_half_the_noise_is_caught(config, monkeypatch, mechanism):
     else:
         release = analysis.release
         monkeypatch.setattr(
-            sensitivity,
+            analysis,
             "release",
             lambda d, *, noise_multiplier, **k: release(d, noise_multiplier=noise_multiplier / 2, **k),
         )
