@@ -1,233 +1,326 @@
-"""Many runs from one specification: a grid of settings times seeds, resumable, each in a run folder of its own."""
+"""A sweep as data: from a specification to the runs it means, from their results to means and paired differences.
+
+Nothing here trains (`dpquant.sweep_runs` does) or prints.
+"""
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from dpquant.report import summarize
-from dpquant.rundir import Run, RunFolder, dumps_strict, load_run, write_atomic
-from emulation.errors import InputError
-from hwmodels.fields import Anything, Fields, Items, Number, Table, Text, problems
+from dpquant.config import RunConfig, load_config, shipped_configs, with_alternatives
+from dpquant.rundir import dumps_strict
+from dpquant.statistics import Sample, paired, sample
+from dpquant.sweep_results import SweepResult
+from emulation.errors import InputError, suggestion
+from hwmodels.fields import Anything, Fields, Items, Number, OneOf, Table, Text, problems
 from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
 
+_FOLDER = Path(__file__).parent
+_SHIPPED = (_FOLDER.parent / "configs" / "sweeps", _FOLDER / "configs" / "sweeps")
+
+_SETTINGS = Table(value=Anything(), minimum=1, doc="dotted key of the configuration -> value")
+_SEED = Number(minimum=0, maximum=2**63 - 1, integer=True)
 SPECIFICATION = Fields(
     entries={
         "base": Text(doc="the configuration that all runs start from: a file beside this one, or a shipped name"),
-        "seeds": Items(item=Number(minimum=0, maximum=2**63 - 1, integer=True), minimum=1, doc="a run per seed"),
         "grid": Table(
             value=Items(item=Anything(), minimum=1),
             doc="dotted key of the configuration -> the values to try; every combination is run",
+            required=False,
+        ),
+        "seeds": OneOf(
+            options=(Items(item=_SEED, minimum=1), Number(minimum=1, maximum=10_000, integer=True)),
+            doc="a list of seeds, or how many: a run per seed and point",
+        ),
+        "include": Items(item=_SETTINGS, doc="points beside the grid's", required=False),
+        "exclude": Items(item=_SETTINGS, doc="points of the grid with all these values are left out", required=False),
+        "compare": Fields(
+            entries={"to": _SETTINGS},
+            doc="to: settings of the baseline; each point is compared with the one that differs in these alone",
             required=False,
         ),
     }
 )
 RUNS_LIMIT = 10_000
 
-# Student's t, 97.5 % quantiles for 1 to 30 degrees of freedom (two-sided 95 % intervals).
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder, unique in the sweep.
+        settings: the resolved value of every key that the sweep varies.
+        seed: its seed.
+        config: its checked configuration.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    seed: int
+    config: RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run of a sweep: what it changes in the base configuration, its seed, and the folder it lies in."""
+class Sweep:
+    """A checked specification.
 
-    base: str
-    settings: Mapping[str, Any]
-    seed: int
+    Attributes:
+        name: of its file, without the ending.
+        keys: what it varies, as dotted keys.
+        runs: seed by seed, so that a sweep that was stopped has few seeds of every point.
+        refused: combinations that contradict themselves, and why; they are not run.
+        baseline: settings of the baseline; None for the first point.
+    """
+
     name: str
+    keys: tuple[str, ...]
+    runs: tuple[SweepRun, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    baseline: Mapping[str, Any] | None = None
 
     @property
-    def overrides(self) -> dict[KeyPath, Any]:
-        """The changes as `load_config` takes them."""
-        changed: dict[KeyPath, Any] = {tuple(key.split(".")): value for key, value in self.settings.items()}
-        return {**changed, ("seed",): self.seed}
+    def points(self) -> list[Mapping[str, Any]]:
+        """The different settings, in the specification's order."""
+        return list({dumps_strict(run.settings): run.settings for run in self.runs}.values())
+
+    def compared_with(self, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The point that ``settings`` is compared with; None for a baseline, or where there is no such point."""
+        other = self.points[0] if self.baseline is None else {**settings, **self.baseline}
+        return other if other != settings and other in self.points else None
 
 
-def read_cells(path: str | Path) -> tuple[Cell, ...]:
-    """All runs of a specification, every configuration checked.
-
-    Raises:
-        InputError: the specification, or any configuration that it makes, is wrong; nothing has run then.
-    """
-    from dpquant.config import load_config
-
-    document = read_yaml(path)
-    raise_all(problems(document, SPECIFICATION))
-    base = _base(document, Path(path))
-    grid = document.data.get("grid") or {}
-    seeds = document.data["seeds"]
-    count = len(seeds) * math.prod(len(values) for values in grid.values())
-    if count > RUNS_LIMIT:
-        raise document.error(("grid",), f"grid and seeds make {count:,} runs", hint=f"at most {RUNS_LIMIT:,}")
-    cells = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
-        cells += [Cell(base=base, settings=settings, seed=seed, name=_name(settings, seed)) for seed in seeds]
-    names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise document.error(("grid",), f"the same run comes twice: {twice[0]}", hint="list every value once")
-    for cell in cells:
-        try:
-            load_config(cell.base, cell.overrides)
-        except InputError as error:
-            raise InputError(f"{cell.name}: {error.message}", hint=error.hint, file=path) from error
-    return tuple(cells)
+def shipped_sweeps() -> dict[str, Path]:
+    """Name -> path of the sweeps that come with the project."""
+    return {p.stem: p for folder in reversed(_SHIPPED) if folder.is_dir() for p in sorted(folder.glob("*.yaml"))}
 
 
-def _base(document: Document, path: Path) -> str:
-    beside = path.parent / document.data["base"]
-    return str(beside) if beside.exists() else str(document.data["base"])
-
-
-def _name(settings: Mapping[str, Any], seed: int) -> str:
-    """A folder's name: the last part of each key and its value."""
-    parts = [f"{key.split('.')[-1]}={'none' if value is None else value}" for key, value in settings.items()]
-    return re.sub(r"[^A-Za-z0-9=.,_+-]", "_", ",".join([*parts, f"seed={seed}"]))[:150]
-
-
-def run_cell(cell: Cell, root: Path) -> str | None:
-    """Train one run, go on with one that was stopped, or leave a complete one alone; returns what went wrong, if so."""
-    from dpquant.config import load_config
-    from dpquant.train import prepare, train
-
-    path = root / cell.name
-    try:
-        if (path / "run.json").exists():
-            if load_run(path).complete:
-                return None
-            folder = RunFolder.resume(path)
-            with folder:
-                state = folder.load_checkpoint()
-                training = prepare(
-                    load_config(path / "config.yaml"), root=state["engine"]["root"] if state is not None else None
-                )
-                for _ in train(training, folder):
-                    pass
-            return None
-        config = load_config(cell.base, cell.overrides)
-        training = prepare(config)
-        with RunFolder.create(path, config=config.data, facts=training.facts) as folder:
-            for _ in train(training, folder):
-                pass
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def run_all(cells: Sequence[Cell], root: Path, jobs: int, done: Callable[[int], None]) -> dict[str, str]:
-    """Run every cell, ``jobs`` at a time; what went wrong, by the cell's name.
+def load_sweep(path: str | Path) -> Sweep:
+    """Reads and checks a specification, and every configuration it means.
 
     Args:
-        cells: the runs.
-        root: the folder their folders lie in.
-        jobs: above 1, and with joblib installed, in as many processes; joblib's active backend decides where.
-        done: called with the number of runs that ended.
+        path: a YAML file, or the name of a shipped sweep.
+
+    Raises:
+        InputError: no such file, or every problem in it, each with file and line; or no combination is left to run.
     """
-    failures = {}
-    for count, (cell, failure) in enumerate(_results(cells, root, jobs), start=1):
-        if failure is not None:
-            failures[cell.name] = failure
-        write_results(cells, root, failures)
-        done(count)
-    return failures
+    if not Path(path).exists():
+        shipped = shipped_sweeps()
+        if str(path) not in shipped:
+            raise InputError(f"no such sweep: {path}", hint=suggestion(str(path), shipped))
+        path = shipped[str(path)]
+    document = read_yaml(path)
+    raise_all(problems(document, SPECIFICATION))
+    raise_all(_misuses(document))
+    seeds = document.data["seeds"]
+    seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
+    keys = _varied(document.data)
+    runs, refused = _expanded(document, Path(path), keys, seeds)
+    if not runs:
+        name, reason = next(iter(refused.items()), ("", "every point of the grid is excluded"))
+        raise document.error((), f"nothing to run: {f'{name}: ' if name else ''}{reason}")
+    baseline = document.data.get("compare", {}).get("to")
+    found = Sweep(name=Path(path).stem, keys=keys, runs=tuple(runs), refused=refused, baseline=baseline)
+    if baseline is not None and all(found.compared_with(point) is None for point in found.points):
+        hint = "every other setting of the two has to be the same"
+        raise document.error(("compare", "to"), f"compare.to={_text(baseline)} is the baseline of no point", hint=hint)
+    return found
 
 
-def _results(cells: Sequence[Cell], root: Path, jobs: int) -> Iterator[tuple[Cell, str | None]]:
-    if jobs == 1:
-        for cell in cells:
-            yield cell, run_cell(cell, root)
-        return
-    try:
-        joblib: Any = importlib.import_module("joblib")
-    except ImportError as error:
-        raise InputError(f"--jobs {jobs} needs the package joblib", hint="pip install joblib, or --jobs 1") from error
-    tasks = (joblib.delayed(_named)(cell, root) for cell in cells)
-    yield from joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+def _varied(data: Mapping[str, Any]) -> tuple[str, ...]:
+    included = [key for point in data.get("include", ()) for key in point]
+    return tuple(dict.fromkeys([*data.get("grid", {}), *included]))
 
 
-def _named(cell: Cell, root: Path) -> tuple[Cell, str | None]:
-    return cell, run_cell(cell, root)
+def _misuses(document: Document) -> Iterator[InputError]:
+    """What the fields alone do not show: values given twice, keys of nothing, too many runs."""
+    data = document.data
+    grid, seeds = data.get("grid", {}), data["seeds"]
+    for path, values in [*((("grid", k), v) for k, v in grid.items()), (("seeds",), seeds)]:
+        seen: list[Any] = []
+        for index, value in enumerate(values if isinstance(values, list) else ()):
+            if any(value == other and type(value) is type(other) for other in seen):
+                yield document.error((*path, index), f"the same run comes twice: {'.'.join(path)}={value}")
+            seen.append(value)
+    count = math.prod(len(v) for v in grid.values()) * (seeds if isinstance(seeds, int) else len(seeds))
+    if count > RUNS_LIMIT:
+        yield document.error(("grid",), f"grid and seeds make {count:,} runs", hint=f"at most {RUNS_LIMIT:,}")
+    keys = _varied(data)
+    places: list[tuple[KeyPath, Any]] = [(("grid", k), k) for k in grid]
+    places += [(("include", i, k), k) for i, point in enumerate(data.get("include", ())) for k in point]
+    yield from (
+        document.error(path, f"{key!r} is varied by seeds", hint="seeds: [0, 1, 2]")
+        for path, key in places
+        if key == "seed"
+    )
+    named: list[KeyPath] = [("exclude", i, k) for i, point in enumerate(data.get("exclude", ())) for k in point]
+    for place in [*named, *(("compare", "to", k) for k in data.get("compare", {}).get("to", ()))]:
+        if place[-1] not in keys:
+            hint = suggestion(str(place[-1]), keys) if keys else "give a grid"
+            yield document.error(place, f"the sweep does not vary {place[-1]!r}", hint=hint)
 
 
-def write_results(cells: Sequence[Cell], root: Path, failures: Mapping[str, str]) -> None:
-    """``results.jsonl``: one line per run that is complete or has failed, in the specification's order."""
-    lines = []
-    for cell in cells:
-        shared = {"name": cell.name, "settings": cell.settings, "seed": cell.seed}
-        if cell.name in failures:
-            lines.append(shared | {"error": failures[cell.name]})
-        elif (run := _complete(root / cell.name)) is not None:
-            lines.append(shared | {"summary": vars(summarize(run.facts, run.records)), "versions": run.versions})
-    write_atomic(root / "results.jsonl", "".join(dumps_strict(line) + "\n" for line in lines).encode())
+def _points(document: Document) -> Iterator[tuple[KeyPath, dict[str, tuple[Any, KeyPath]]]]:
+    """Where each point stands in the file; its values, and where each stands."""
+    data = document.data
+    grid, excluded = data.get("grid", {}), data.get("exclude", ())
+    used: set[int] = set()
+    axes = [[(value, ("grid", key, i)) for i, value in enumerate(values)] for key, values in grid.items()]
+    for values in itertools.product(*axes) if grid or "include" not in data else ():
+        point: dict[str, tuple[Any, KeyPath]] = dict(zip(grid, values, strict=True))
+        hits = [i for i, left in enumerate(excluded) if all(point.get(k, (left,))[0] == v for k, v in left.items())]
+        used.update(hits)
+        if not hits:
+            yield ("grid",), point
+    for i, left in enumerate(excluded):
+        if i not in used:
+            raise document.error(("exclude", i), f"exclude[{i}]={_text(left)} leaves no point out")
+    for i, extra in enumerate(data.get("include", ())):
+        yield ("include", i), {k: (v, ("include", i, k)) for k, v in extra.items()}
 
 
-def _complete(path: Path) -> Run | None:
-    if not (path / "run.json").exists():
-        return None
-    run = load_run(path)
-    return run if run.complete else None
+def _base(document: Document, path: Path) -> Path:
+    name: str = document.data["base"]
+    if (beside := path.parent / name).exists():
+        return beside
+    shipped = shipped_configs()
+    if name not in shipped:
+        raise document.error(("base",), f"no such configuration: base={name}", hint=suggestion(name, shipped))
+    return shipped[name]
+
+
+def _expanded(
+    document: Document, path: Path, keys: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[SweepRun], dict[str, str]]:
+    base = _base(document, path)
+    short = short_names(keys)
+    runs, refused, wrong = [], {}, {}
+    names: set[str] = set()
+    for seed, (place, point) in itertools.product(seeds, _points(document)):
+        overrides: dict[KeyPath, Any] = {tuple(key.split(".")): value for key, (value, _) in point.items()}
+        lines = {tuple(k.split(".")): (document.file, document.lines[at]) for k, (_, at) in point.items()}
+        try:
+            config = load_config(base, {**with_alternatives(overrides), ("seed",): seed}, lines)
+        except InputError as error:
+            errors = getattr(error, "errors", (error,))
+            ours = [one for one in errors if one.file == document.file]
+            wrong.update({(one.line, one.message): one for one in ours})
+            if not ours:
+                said = _name({short[key]: value for key, (value, _) in point.items()}, None)
+                refused[said] = "; ".join(one.message for one in errors)
+            continue
+        settings = {key: _at(config.data, key) for key in keys}
+        name = _name({short[key]: value for key, value in settings.items()}, seed)
+        if name in names:
+            raise document.error(place, f"the same run comes twice: {name}")
+        names.add(name)
+        runs.append(SweepRun(name=name, settings=settings, seed=seed, config=config))
+    raise_all(wrong.values())
+    return runs, refused
+
+
+def _at(data: Mapping[str, Any], key: str) -> Any:
+    value: Any = data
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted key, or all of it where two end alike."""
+    ends = [key.split(".")[-1] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def _name(settings: Mapping[str, Any], seed: int | None) -> str:
+    """A folder's name, safe on every file system and not the same for two settings."""
+    values = {**settings, "seed": seed} if seed is not None else settings
+    text = ",".join(f"{key}={'none' if value is None else value}" for key, value in values.items())
+    safe = re.sub(r"[^A-Za-z0-9=.,_+-]", "_", text)
+    if safe == text and len(safe) <= 150:
+        return safe
+    return f"{safe[:130]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in settings.items()) + "}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One setting over its seeds; accuracies in shares, differences against the first setting, seed by seed."""
+    """One point of a sweep over its seeds; accuracies and their differences are shares, between 0 and 1."""
 
     settings: Mapping[str, Any]
     runs: int
-    accuracy: float | None
-    accuracy_sd: float | None
-    difference: float | None
-    difference_low: float | None
-    difference_high: float | None
-    """Ends of the 95 % interval of the paired difference; None for fewer than two pairs."""
-    speedup: float | None
+    failed: int
+    accuracy: Sample
+    """Test accuracy after the last epoch: of the model that is kept."""
+    best_accuracy: float | None
+    """Mean over seeds of each run's best epoch: chosen by looking at the test data."""
+    worst_seed: int | None
+    worst_accuracy: float | None
+    compared_with: Mapping[str, Any] | None
+    difference: Sample
+    """Paired difference in accuracy from the point it is compared with, seed by seed."""
+    speedup_peak: float | None
+    speedup_calibrated: float | None
+    energy_share_peak: float | None
+    """Modelled energy in shares of full precision's."""
+    energy_share_calibrated: float | None
     epsilon: float | None
+    """The largest of any run."""
+    wall_s: float
+    """Of all runs together."""
 
 
-def outcomes(cells: Sequence[Cell], root: Path) -> list[Outcome]:
-    """Every setting of a sweep over the runs that are complete."""
-    groups: dict[str, tuple[Mapping[str, Any], dict[int, Any]]] = {}
-    for cell in cells:
-        _, summaries = groups.setdefault(dumps_strict(cell.settings), (cell.settings, {}))
-        if (run := _complete(root / cell.name)) is not None:
-            summaries[cell.seed] = summarize(run.facts, run.records)
-    first = next(iter(groups.values()))[1] if groups else {}
-    return [_outcome(settings, found, first) for settings, found in groups.values()]
+def outcomes(sweep: Sweep, results: Mapping[str, SweepResult]) -> list[Outcome]:
+    """Every point of a sweep over the runs that have a result."""
+    by_point: dict[str, list[SweepResult]] = {}
+    for run in sweep.runs:
+        found = by_point.setdefault(dumps_strict(run.settings), [])
+        if run.name in results:
+            found.append(results[run.name])
+    accuracies = {
+        point: {r.seed: r.accuracy for r in found if r.accuracy is not None} for point, found in by_point.items()
+    }
+    return [_outcome(settings, by_point, accuracies, sweep.compared_with(settings)) for settings in sweep.points]
 
 
-def _outcome(settings: Mapping[str, Any], found: Mapping[int, Any], first: Mapping[int, Any]) -> Outcome:
-    accuracies = [s.test_accuracy for s in found.values() if s.test_accuracy is not None]
-    pairs = [found[seed].test_accuracy - first[seed].test_accuracy for seed in found if seed in first]
-    low, high = interval(pairs)
-    speedups = [s.speedup for s in found.values() if s.speedup is not None]
+def _outcome(
+    settings: Mapping[str, Any],
+    by_point: Mapping[str, Sequence[SweepResult]],
+    accuracies: Mapping[str, Mapping[int, float]],
+    other: Mapping[str, Any] | None,
+) -> Outcome:
+    point = dumps_strict(settings)
+    done = [result for result in by_point[point] if result.done]
+    own = accuracies[point]
+    worst = min(own, key=lambda seed: (own[seed], seed), default=None)
+
+    def mean(name: str) -> float | None:
+        return sample([value for r in done if (value := getattr(r, name)) is not None]).mean
+
     return Outcome(
         settings=settings,
-        runs=len(found),
-        accuracy=fmean(accuracies) if accuracies else None,
-        accuracy_sd=stdev(accuracies) if len(accuracies) > 1 else None,
-        difference=fmean(pairs) if pairs else None,
-        difference_low=low,
-        difference_high=high,
-        speedup=fmean(speedups) if speedups else None,
-        epsilon=max((s.epsilon for s in found.values()), default=None),
+        runs=len(done),
+        failed=len(by_point[point]) - len(done),
+        accuracy=sample(list(own.values())),
+        best_accuracy=mean("best_accuracy"),
+        worst_seed=worst,
+        worst_accuracy=None if worst is None else own[worst],
+        compared_with=other,
+        difference=sample([]) if other is None else paired(own, accuracies[dumps_strict(other)]),
+        speedup_peak=mean("speedup_peak"),
+        speedup_calibrated=mean("speedup_calibrated"),
+        energy_share_peak=mean("energy_share_peak"),
+        energy_share_calibrated=mean("energy_share_calibrated"),
+        epsilon=max((r.epsilon for r in done if r.epsilon is not None), default=None),
+        wall_s=math.fsum(r.wall_s or 0.0 for r in by_point[point]),
     )
-
-
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % confidence interval of a mean (Student's t); None for fewer than two values."""
-    if len(values) < 2:
-        return None, None
-    quantile = _T[len(values) - 2] if len(values) - 2 < len(_T) else 1.96 + 2.5 / len(values)
-    half = quantile * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half

@@ -1,19 +1,31 @@
-"""Sweeps: every combination once, checked before anything runs, resumable; intervals as textbooks have them."""
+"""Sweeps: every combination once, checked before anything runs, resumable, the same numbers however it is spread."""
 
+import csv
+import io
 import json
+import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpquant import sweep
+from dpquant import sweep_runs
 from dpquant.cli import main
-from dpquant.rundir import load_run
+from dpquant.commands.sweep import pace
+from dpquant.config import load_config
+from dpquant.report import summarize
+from dpquant.rundir import load_run, take_lock
+from dpquant.statistics import paired, sample
+from dpquant.sweep import Sweep, load_sweep, outcomes, shipped_sweeps
+from dpquant.sweep_results import SweepResult, append_result, read_results, write_results
 from emulation.errors import InputError
 from tests.test_cli import DOCUMENTED, Capture, answer, refused, shown, write_config
+
+SCHEDULERS = "seeds: [0, 1]\ngrid: {schedule.scheduler: [full, pls]}\n"
 
 
 def spec(folder: Path, text: str) -> str:
@@ -22,47 +34,265 @@ def spec(folder: Path, text: str) -> str:
     return str(folder / "spec.yaml")
 
 
+def made_up(sweep: Sweep, accuracies: Mapping[str, float]) -> dict[str, SweepResult]:
+    """Results of the runs that ``accuracies`` names, with nothing trained."""
+    return {
+        run.name: SweepResult(
+            name=run.name,
+            settings=run.settings,
+            seed=run.seed,
+            digest=run.config.digest,
+            status="done",
+            accuracy=accuracies[run.name],
+            best_accuracy=accuracies[run.name],
+            epsilon=1.0 + run.seed,
+            speedup_peak=1.5,
+            wall_s=2.0,
+        )
+        for run in sweep.runs
+        if run.name in accuracies
+    }
+
+
+# --- the specification
+
+
 def test_every_combination_once(tmp_path: Path) -> None:
     grid = "seeds: [3, 4]\ngrid: {schedule.fraction: [0.25, 0.5], training.epochs: [1, 2, 3]}\n"
-    cells = sweep.read_cells(spec(tmp_path, grid))
-    found = [(c.settings["schedule.fraction"], c.settings["training.epochs"], c.seed) for c in cells]
-    assert sorted(found) == [(f, e, s) for f in (0.25, 0.5) for e in (1, 2, 3) for s in (3, 4)]
-    assert len({cell.name for cell in cells}) == 12
-    assert "fraction=0.25,epochs=1,seed=3" in {cell.name for cell in cells}
+    sweep = load_sweep(spec(tmp_path, grid))
+    found = [(r.settings["schedule.fraction"], r.settings["training.epochs"], r.seed) for r in sweep.runs]
+    assert found == [(f, e, s) for s in (3, 4) for f in (0.25, 0.5) for e in (1, 2, 3)]  # seed by seed
+    assert len({run.name for run in sweep.runs}) == 12
+    assert sweep.runs[0].name == "fraction=0.25,epochs=1,seed=3"
+    assert all(run.config["seed"] == run.seed for run in sweep.runs)
+    assert all(run.config["schedule"]["fraction"] == run.settings["schedule.fraction"] for run in sweep.runs)
+
+
+def test_seeds_as_a_count(tmp_path: Path) -> None:
+    assert [run.seed for run in load_sweep(spec(tmp_path, "seeds: 3\n")).runs] == [0, 1, 2]
+
+
+def test_include_and_exclude(tmp_path: Path) -> None:
+    text = (
+        "seeds: [0]\ngrid: {schedule.scheduler: [full, pls], schedule.fraction: [0.25, 0.5]}\n"
+        "exclude: [{schedule.scheduler: full, schedule.fraction: 0.25}]\n"
+        "include: [{schedule.scheduler: dpquant, schedule.beta: 50}]\n"
+    )
+    found = [list(run.settings.values()) for run in load_sweep(spec(tmp_path, text)).runs]
+    # the included point says what the base says where it is silent, and so do the grid's
+    assert found == [["full", 0.5, 200.0], ["pls", 0.25, 200.0], ["pls", 0.5, 200.0], ["dpquant", 0.5, 50]]
+    alone = load_sweep(spec(tmp_path, "seeds: [0]\ninclude: [{format: nvfp4}]\n"))
+    assert [run.name for run in alone.runs] == ["format=nvfp4,seed=0"]
+
+
+def test_a_key_takes_the_place_of_the_one_it_excludes(tmp_path: Path) -> None:
+    sweep = load_sweep(
+        spec(tmp_path, "seeds: [0]\ngrid: {schedule.target_speedup: [1.1], privacy.target_epsilon: [8]}\n")
+    )
+    config = sweep.runs[0].config
+    assert config["schedule"]["fraction"] is None
+    assert config["privacy"]["noise_multiplier"] is None
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    ("text", "line", "error"),
     [
-        ("seeds: []\n", "seeds"),
-        ("seeds: [0]\ngrd: {}\n", "grd"),
-        ("seeds: [0, 0]\n", "comes twice: seed=0"),
-        ("seeds: [0]\ngrid: {schedule.fraction: [2.0]}\n", "fraction=2.0,seed=0: "),
-        ("seeds: [0]\ngrid: {schedule.fractoin: [0.5]}\n", "fractoin"),
-        ("seeds: [0]\ngrid: {schedule.fraction: []}\n", "fraction"),
-        ("seeds: [0.5]\n", "seeds"),
-        ("grid: {}\n", "seeds"),
+        ("seeds: []\n", 2, "seeds"),
+        ("seeds: 0\n", 2, "below 1"),
+        ("seeds: [0]\ngrd: {}\n", 3, "'grd'"),
+        ("seeds: [0, 0]\n", 2, "comes twice: seeds=0"),
+        ("seeds: [0]\ngrid:\n  schedule.fraction:\n  - 0.5\n  - 2.0\n", 6, "2.0 is above 1"),
+        ("seeds: [0]\ngrid:\n  schedule.fractoin: [0.5]\n", 4, "'fractoin'"),
+        ("seeds: [0]\ngrid:\n  schedul.fraction: [0.5]\n", 4, "'schedul'"),
+        ("seeds: [0]\ngrid:\n  seed: [1]\n", 4, "varied by seeds"),
+        ("seeds: [0]\ngrid: {schedule.fraction: []}\n", 3, "at least 1"),
+        ("seeds: [0]\ngrid: {schedule.fraction: [0.5, 0.5]}\n", 3, "comes twice"),
+        ("seeds: [0]\ngrid: {schedule.fraction: [0.5]}\ninclude: [{schedule.fraction: 0.5}]\n", 4, "comes twice"),
+        ("seeds: [0]\ngrid: {format: [nvfp4]}\nexclude: [{format: luq_fp4}]\n", 4, "leaves no point out"),
+        ("seeds: [0]\ngrid: {format: [nvfp4]}\nexclude: [{format: nvfp4}]\n", 1, "nothing to run"),
+        ("seeds: [0]\ngrid: {format: [nvfp4]}\nexclude: [{fromat: nvfp4}]\n", 4, "does not vary 'fromat'"),
+        ("seeds: [0]\ngrid: {format: [nvfp4]}\ncompare: {to: {format: fp8}}\n", 4, "baseline of no point"),
+        ("seeds: [0]\ncompare: {to: {format: fp8}}\n", 3, "does not vary 'format'"),
+        ("seeds: [0.5]\n", 2, "seeds"),
+        ("grid: {}\n", 1, "seeds"),
     ],
 )
-def test_wrong_specifications(tmp_path: Path, text: str, error: str) -> None:
+def test_wrong_specifications(tmp_path: Path, text: str, line: int, error: str) -> None:
     path = spec(tmp_path, text)
-    with pytest.raises(InputError, match=error) as caught:
-        sweep.read_cells(path)
-    assert caught.value.file is not None
+    with pytest.raises(InputError, match=re.escape(error)) as caught:
+        load_sweep(path)
+    assert (caught.value.file, caught.value.line) == (path, line)
+
+
+def test_every_problem_at_once(tmp_path: Path) -> None:
+    text = "seeds: [0, 1]\ngrid:\n  schedule.fraction: [2.0, 0.5]\n  training.epochs: [0]\n  formt: [fp8]\n"
+    with pytest.raises(InputError) as caught:
+        load_sweep(spec(tmp_path, text))
+    assert [error.line for error in getattr(caught.value, "errors", ())] == [4, 5, 6]
+
+
+def test_contradictions_are_left_out_and_said(tmp_path: Path, capsys: Capture) -> None:
+    text = "seeds: [0, 1]\ngrid: {schedule.scheduler: [full, pls], schedule.fraction: [null, 0.5]}\n"
+    path = spec(tmp_path, text)
+    sweep = load_sweep(path)
+    assert {(r.settings["schedule.scheduler"], r.settings["schedule.fraction"]) for r in sweep.runs} == {
+        ("full", None),
+        ("full", 0.5),
+        ("pls", 0.5),
+    }
+    assert list(sweep.refused) == ["scheduler=pls,fraction=none"]
+    assert "neither target_speedup nor fraction" in sweep.refused["scheduler=pls,fraction=none"]
+    assert main(["sweep", path, "--dry-run"]) == 0
+    assert "left out: scheduler=pls,fraction=none: " in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"nothing to run: .*neither target_speedup nor fraction"):
+        load_sweep(spec(tmp_path, "seeds: [0]\ngrid: {schedule.fraction: [null]}\n"))
 
 
 def test_too_many_runs(tmp_path: Path) -> None:
     values = list(range(1, 200))
     text = f"seeds: [0]\ngrid: {{training.epochs: {values}, training.batch_size: {values}}}\n"
     with pytest.raises(InputError, match="39,601 runs"):
-        sweep.read_cells(spec(tmp_path, text))
+        load_sweep(spec(tmp_path, text))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such sweep"):
+        load_sweep("digits_schedule")
+    (tmp_path / "spec.yaml").write_text("seeds: 1\nbase: digts\n")
+    with pytest.raises(InputError, match="no such configuration: base=digts") as caught:
+        load_sweep(tmp_path / "spec.yaml")
+    assert caught.value.line == 2
+    assert "digits" in str(caught.value.hint)
+
+
+def test_names_are_safe_and_different(tmp_path: Path) -> None:
+    names = [f"a/{i}" for i in range(3)] + ["a_0", "ü" * 200]
+    noises = "privacy.noise_multiplier: [1], analysis.noise_multiplier: [2]"
+    text = f"seeds: [0]\ngrid: {{name: {json.dumps(names)}, {noises}}}\n"
+    found = [run.name for run in load_sweep(spec(tmp_path, text)).runs]
+    assert len(set(found)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9=.,_+-]{1,150}", name) for name in found)
+    assert "privacy.noise_multiplier=1,analysis.noise_multiplier=2" in found[0]
+
+
+@pytest.mark.parametrize("name", sorted(shipped_sweeps()))
+def test_shipped_sweeps_are_sound(name: str) -> None:
+    sweep = load_sweep(name)
+    assert sweep.runs
+    assert not sweep.refused
+
+
+def test_the_demonstration_is_shipped() -> None:
+    sweep = load_sweep("digits_schedulers")
+    assert len(sweep.runs) == 12
+    assert sweep.baseline == {"schedule.scheduler": "static"}
+
+
+def test_digest_is_of_what_decides_the_numbers() -> None:
+    digest = load_config("digits").digest
+    for key, value in ((("name",), "x"), (("training", "device"), "cuda"), (("training", "momentum"), 0.0)):
+        assert load_config("digits", {key: value}).digest == digest
+    for key, value in ((("seed",), 1), (("training", "momentum"), 0.5), (("format",), "nvfp4")):
+        assert load_config("digits", {key: value}).digest != digest
+
+
+# --- results and outcomes
+
+
+def test_each_point_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    text = (
+        "seeds: 3\ngrid: {schedule.scheduler: [static, pls], format: [luq_fp4, nvfp4]}\n"
+        "include: [{schedule.scheduler: full, format: bf16}]\ncompare: {to: {schedule.scheduler: static}}\n"
+    )
+    sweep = load_sweep(spec(tmp_path, text))
+    accuracies = {run.name: 0.5 + 0.01 * i * i for i, run in enumerate(sweep.runs)}
+    del accuracies["scheduler=static,format=nvfp4,seed=1"]
+    found = {tuple(o.settings.values()): o for o in outcomes(sweep, made_up(sweep, accuracies))}
+    assert len(found) == 5
+    by_seed = {
+        key: {
+            s: accuracies[name]
+            for s in range(3)
+            if (name := f"scheduler={key[0]},format={key[1]},seed={s}") in accuracies
+        }
+        for key in found
+    }
+    for (scheduler, kind), outcome in found.items():
+        own = by_seed[scheduler, kind]
+        assert outcome.accuracy == sample(list(own.values()))
+        assert outcome.worst_seed == min(own, key=own.__getitem__)
+        if scheduler == "pls":
+            assert outcome.compared_with == {"schedule.scheduler": "static", "format": kind}
+            assert outcome.difference == paired(own, by_seed["static", kind])
+        else:  # a baseline, and a point that has none
+            assert outcome.compared_with is None
+            assert outcome.difference.n == 0
+    assert found["pls", "nvfp4"].difference.n == 2
+    assert found["pls", "nvfp4"].epsilon == 3.0
+    assert found["pls", "nvfp4"].wall_s == 6.0
+
+
+def test_without_a_baseline_the_first_point_is_it(tmp_path: Path) -> None:
+    sweep = load_sweep(spec(tmp_path, SCHEDULERS))
+    full, pls = outcomes(sweep, made_up(sweep, {run.name: 0.5 for run in sweep.runs}))
+    assert full.compared_with is None
+    assert pls.compared_with == full.settings
+    assert pls.difference.sign == 0
+
+
+RESULTS = st.builds(
+    SweepResult,
+    name=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Zs", "Cc")), min_size=1, max_size=5),
+    settings=st.dictionaries(st.text(max_size=3), st.none() | st.integers() | st.text(max_size=3), max_size=2),
+    seed=st.integers(0, 2**63 - 1),
+    digest=st.just("0"),
+    status=st.sampled_from(["done", "failed"]),
+    error=st.none() | st.just("it broke"),
+    accuracy=st.none() | st.floats(0, 1),
+    epsilon=st.none() | st.floats(0, allow_nan=False),
+    versions=st.just({"python": "3"}),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(RESULTS, max_size=5, unique_by=lambda result: result.name))
+def test_results_come_back_as_written(tmp_path_factory: pytest.TempPathFactory, results: list[SweepResult]) -> None:
+    path = tmp_path_factory.getbasetemp() / "back.jsonl"
+    write_results(path, results[:2])
+    for result in results[2:]:
+        append_result(path, result)
+    assert list(read_results(path).values()) == results
+    with path.open("ab") as stream:
+        stream.write(b'{"name": "cut sho')
+    assert list(read_results(path).values()) == results
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [("{", "not JSON"), ("[]", "a list"), ("{}", "missing"), ('{"name": 3}', "name=3"), ("[" * 10**5, "not JSON")],
+)
+def test_damaged_results(tmp_path: Path, line: str, error: str) -> None:
+    good = SweepResult(name="a", settings={}, seed=0, digest="0", status="done")
+    (tmp_path / "r.jsonl").write_text(f"{good.to_json()}\n{line}\n")
+    with pytest.raises(InputError, match=error) as caught:
+        read_results(tmp_path / "r.jsonl")
+    assert caught.value.line == 2
+
+
+def test_pace() -> None:
+    assert pace(0, 5, 1.0) == "time left: after the first run"
+    assert pace(2, 4, 20.0) == "6 runs/min, 40 s left"
+    assert pace(1, 3, 1800.0) == "2 runs/h, 1 h 30 min left"
+    assert pace(4, 0, 20.0) == "12 runs/min"
+
+
+# --- training
 
 
 def test_sweep_trains_resumes_and_reports(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpquant import train as loop
 
-    path = spec(tmp_path, "seeds: [0, 1]\ngrid: {schedule.scheduler: [full, pls]}\n")
-    out = tmp_path / "out"
+    path, out = spec(tmp_path, SCHEDULERS), tmp_path / "out"
     whole, trained = loop.train, []
 
     def counted(training: Any, folder: Any) -> Any:
@@ -75,51 +305,142 @@ def test_sweep_trains_resumes_and_reports(capsys: Capture, tmp_path: Path, monke
     monkeypatch.setattr(loop, "train", counted)
     assert main(["sweep", path, "--out", str(out)]) == 130
     assert "goes on" in capsys.readouterr().err
+    assert [row["runs"] for row in answer(capsys, "sweep", path, "--out", str(out), "--report")["rows"]] == [1, 1]
+    assert len(trained) == 3
     data = answer(capsys, "sweep", path, "--out", str(out))
-    third = "scheduler=pls,seed=0"
-    assert trained == ["scheduler=full,seed=0", "scheduler=full,seed=1", third, third, "scheduler=pls,seed=1"]
+    third = "scheduler=full,seed=1"
+    assert trained == ["scheduler=full,seed=0", "scheduler=pls,seed=0", third, third, "scheduler=pls,seed=1"]
     assert [row["runs"] for row in data["rows"]] == [2, 2]
     section = DOCUMENTED.read_text(encoding="utf-8").split("### `sweep`\n")[1].split("\n#")[0]
     assert set(data["rows"][0]) == set(re.findall(r"`(\w+)`", section.split("|---|---|")[1].split("|\n\n")[0]))
-    assert data["rows"][0]["difference"] == 0
-    accuracy = [load_run(out / f"scheduler=pls,seed={s}").records[-1].test_accuracy or 0 for s in (0, 1)]
-    assert data["rows"][1]["accuracy"] == pytest.approx(sum(accuracy) / 2)
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == [cell.name for cell in sweep.read_cells(path)]
-    assert all("summary" in line for line in lines)
+
+    results = read_results(out / "results.jsonl")
+    assert list(results) == [run.name for run in load_sweep(path).runs]
+    for name, result in results.items():
+        run = load_run(out / name)
+        assert result.accuracy == run.records[-1].test_accuracy
+        assert result.best_accuracy == max(r.test_accuracy or 0 for r in run.records)
+        assert result.epsilon == run.records[-1].epsilon
+        summary = summarize(run.facts, run.records)
+        assert result.speedup_peak == pytest.approx(summary.speedup)
+        assert result.speedup_calibrated == pytest.approx(summary.speedup_calibrated)
+        assert result.energy_joules_peak == pytest.approx(summary.energy_joules)
+        assert result.versions == run.versions
+        assert result.epochs == 2
+    assert results["scheduler=full,seed=0"].energy_share_peak == pytest.approx(1)
+    assert results["scheduler=pls,seed=0"].energy_share_peak != pytest.approx(1)
     assert "95 %" in shown(capsys, "sweep", path, "--out", str(out))
     assert len(trained) == 5  # everything was complete
 
+    # the results file alone is enough for the tables, and a lost results file is made again from the folders
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes())
+    assert answer(capsys, "sweep", path, "--out", str(tmp_path / "copy"), "--report") == data
+    before = (out / "results.jsonl").read_bytes()
+    (out / "results.jsonl").unlink()
+    assert answer(capsys, "sweep", path, "--out", str(out)) == data
+    assert (out / "results.jsonl").read_bytes() == before
+    assert len(trained) == 5
 
-def test_a_run_that_cannot_be_trained_is_said_and_the_others_go_on(capsys: Capture, tmp_path: Path) -> None:
-    text = "seeds: [0]\ngrid: {hardware.profile: [nonesuch, b200], training.epochs: [1]}\n"
-    data = answer(capsys, "sweep", spec(tmp_path, text), "--out", str(tmp_path / "out"), code=1)
-    assert list(data["failures"]) == ["profile=nonesuch,epochs=1,seed=0"]
-    assert [row["runs"] for row in data["rows"]] == [0, 1]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert "nonesuch" in lines[0]["error"]
+    assert main(["sweep", path, "--out", str(out), "--report", "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["settings"] for row in rows] == ["schedule.scheduler=full", "schedule.scheduler=pls"]
+
+    # another configuration under the same names is refused, in the results and in a run's folder
+    (tmp_path / "tiny.yaml").write_text((tmp_path / "tiny.yaml").read_text().replace("epochs: 2", "epochs: 1"))
+    assert "another configuration" in refused(capsys, "sweep", path, "--out", str(out))[0]
+    (out / "results.jsonl").unlink()
+    failures = answer(capsys, "sweep", path, "--out", str(out), code=1)["failures"]
+    assert len(failures) == 4
+    assert all("another configuration" in failure for failure in failures.values())
+
+
+def test_a_run_that_fails_is_said_and_the_others_go_on(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpquant import train as loop
+
+    text = "seeds: [0]\ngrid: {hardware.profile: [nonesuch, b200, h100], training.epochs: [1]}\n"
+    path, out = spec(tmp_path, text), tmp_path / "out"
+    whole = loop.train
+
+    def breaks(training: Any, folder: Any) -> Any:
+        if training.facts.hardware == "h100":
+            raise RuntimeError("out of\nmemory")
+        yield from whole(training, folder)
+
+    monkeypatch.setattr(loop, "train", breaks)
+    data = answer(capsys, "sweep", path, "--out", str(out), code=1)
+    assert list(data["failures"]) == ["profile=nonesuch,epochs=1,seed=0", "profile=h100,epochs=1,seed=0"]
+    assert [(row["runs"], row["failed"]) for row in data["rows"]] == [(0, 1), (1, 0), (0, 1)]
+    results = read_results(out / "results.jsonl")
+    assert "nonesuch" in str(results["profile=nonesuch,epochs=1,seed=0"].error)
+    assert results["profile=h100,epochs=1,seed=0"].error == "RuntimeError: out of memory"
+    assert "0/1" in shown(capsys, "sweep", path, "--out", str(out), "--report", code=1)
+    monkeypatch.setattr(loop, "train", whole)
+    data = answer(capsys, "sweep", path, "--out", str(out), code=1)  # failures are tried again, and only they
+    assert [row["runs"] for row in data["rows"]] == [0, 1, 1]
+
+
+def figures(results: Mapping[str, SweepResult]) -> dict[str, Any]:
+    return {name: (r.status, r.error, r.accuracy, r.test_loss, r.epsilon) for name, r in results.items()}
+
+
+def test_runs_travel_to_other_processes(tmp_path: Path) -> None:
+    for run in load_sweep(spec(tmp_path, SCHEDULERS)).runs:
+        there = pickle.loads(pickle.dumps(run))
+        assert there == run
+        assert there.config.digest == run.config.digest
+
+
+@pytest.mark.parametrize("backend", ["threading", pytest.param("loky", marks=pytest.mark.long)])
+def test_side_by_side_gives_the_same_numbers(tmp_path: Path, backend: str) -> None:
+    sweep = load_sweep(spec(tmp_path, "seeds: [0, 1]\ngrid: {training.epochs: [1]}\n"))
+    alone = sweep_runs.train_sweep(sweep, tmp_path / "alone")
+    counts: list[int] = []
+    ended: list[str] = []
+    together = sweep_runs.train_sweep(
+        sweep,
+        tmp_path / "together",
+        jobs=2,
+        backend=backend,
+        started=counts.append,
+        ended=lambda result: ended.append(result.name),
+    )
+    assert figures(together) == figures(alone)
+    assert all(result.done for result in together.values())
+    assert counts == [0]
+    assert sorted(ended) == sorted(alone)
+
+
+def test_a_folder_is_held_by_one_sweep(tmp_path: Path) -> None:
+    sweep = load_sweep(spec(tmp_path, "seeds: [0]\n"))
+    (tmp_path / "out").mkdir()
+    with take_lock(tmp_path / "out"), pytest.raises(InputError, match="in use"):
+        sweep_runs.train_sweep(sweep, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make folder"):
+        sweep_runs.train_sweep(sweep, tmp_path / "file" / "out")
+
+
+def test_a_run_that_was_stopped_before_its_first_line_is_started_again(tmp_path: Path) -> None:
+    sweep = load_sweep(spec(tmp_path, "seeds: [0]\ngrid: {training.epochs: [1]}\n"))
+    folder = tmp_path / "out" / sweep.runs[0].name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("half")
+    (folder / ".run.json.123").write_text("half")
+    assert all(result.done for result in sweep_runs.train_sweep(sweep, tmp_path / "out").values())
 
 
 def test_dry_run_and_wrong_words(capsys: Capture, tmp_path: Path) -> None:
     path = spec(tmp_path, "seeds: [0, 1]\n")
     assert [row["name"] for row in answer(capsys, "sweep", path, "--dry-run")["rows"]] == ["seed=0", "seed=1"]
     assert "2 runs" in shown(capsys, "sweep", path, "--dry-run")
-    assert "--out" in refused(capsys, "sweep", path)[1]
     assert "--jobs 0" in refused(capsys, "sweep", path, "--jobs", "0")[0]
-    assert "no such file" in refused(capsys, "sweep", str(tmp_path / "none.yaml"))[0]
+    error, hint = refused(capsys, "sweep", path, "--backend", "lokky")
+    assert "'lokky'" in error
+    assert "loky" in hint
+    assert "no such sweep" in refused(capsys, "sweep", str(tmp_path / "none.yaml"))[0]
+    assert "digits_schedulers" in refused(capsys, "sweep", "digits_scheduler")[1]
     assert "no specification" in refused(capsys, "sweep")[0]
-
-
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=31))
-def test_interval_is_students(values: list[float]) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    low, high = sweep.interval(values)
-    mean = sum(values) / len(values)
-    spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    half = stats.t.ppf(0.975, len(values) - 1) * spread / len(values) ** 0.5
-    assert low == pytest.approx(mean - half, abs=1e-3)
-    assert high == pytest.approx(mean + half, abs=1e-3)
-
-
-def test_interval_of_one_value() -> None:
-    assert sweep.interval([0.5]) == (None, None)
+    assert "no results" in refused(capsys, "sweep", path, "--report", "--out", str(tmp_path / "none"))[0]

@@ -63,6 +63,10 @@ def vocabulary(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> d
         from dpquant.config import shipped_configs
 
         words += shipped_configs()
+    elif path == ("sweep",):
+        from dpquant.sweep import shipped_sweeps
+
+        words += shipped_sweeps()
     return {path: tuple(words), **found}
 
 

@@ -3,129 +3,244 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpquant.render import Column, Output, Table, number, percent, speedup
-from emulation.errors import InputError
+from dpquant.render import Column, Output, Table, duration, number, percent, speedup
+from emulation.errors import InputError, suggestion
 
 if TYPE_CHECKING:
-    from dpquant.sweep import Cell, Outcome
+    from dpquant.sweep import Outcome, Sweep
+    from dpquant.sweep_results import SweepResult
 
 SUMMARY = "Train a grid of configurations over several seeds; resumable."
 EXAMPLES = """\
 examples:
-  dpquant sweep schedulers.yaml --out sweeps/schedulers
-  dpquant sweep schedulers.yaml --out sweeps/schedulers --jobs 4     the same, or what is left of it
+  dpquant sweep digits_schedulers                     a sweep that ships with dpquant
+  dpquant sweep my.yaml --out sweeps/mine --jobs 4    or what is left of it
+  dpquant sweep my.yaml --out sweeps/mine --report    the table so far; trains nothing
+  dpquant sweep my.yaml --jobs 64 --backend dask      on the cluster at DASK_SCHEDULER_ADDRESS
 
-schedulers.yaml:
-  base: digits
-  seeds: [0, 1, 2, 3, 4]
-  grid:
-    schedule.scheduler: [full, static, pls, dpquant]"""
+my.yaml:
+  base: digits                          # a configuration: a file, or a shipped one
+  grid:                                 # every combination
+    schedule.scheduler: [full, static, dpquant]
+    format: [luq_fp4, mxfp8]
+  seeds: [0, 1, 2, 3, 4]                # or how many: 5
+  exclude: [{schedule.scheduler: full, format: mxfp8}]
+  include: [{schedule.scheduler: dpquant, schedule.beta: 50}]
+  compare: {to: {schedule.scheduler: static}}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("spec", metavar="SPEC", nargs="?", help="a YAML file: base, seeds, grid")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run folders and of results.jsonl")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (joblib above 1)")
+    parser.add_argument("spec", metavar="SPEC", nargs="?", help="a YAML file, or a shipped one: digits_schedulers")
+    parser.add_argument("--out", metavar="DIR", help="folder of runs and of results.jsonl; default: runs/SPEC")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time; -1: one per core")
+    parser.add_argument("--backend", default="loky", metavar="NAME", help="of joblib: loky, threading, dask or ray")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, train none")
+    parser.add_argument("--report", action="store_true", help="show the results there are, train none")
     parser.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the command; returns 1 where a run could not be trained."""
     if args.spec is None:
-        raise InputError("no specification given", hint="dpquant sweep SPEC.yaml --out DIR")
-    if args.jobs < 1:
-        raise InputError(f"--jobs {args.jobs} must be at least 1")
-    from dpquant import sweep
+        raise InputError("no specification given", hint="dpquant sweep digits_schedulers is the demonstration")
+    if args.jobs < 1 and args.jobs != -1:
+        raise InputError(f"--jobs {args.jobs} must be at least 1, or -1 for one per core")
+    from dpquant import sweep_runs
+    from dpquant.sweep import load_sweep, outcomes
+    from dpquant.sweep_results import RESULTS, read_results
 
-    cells = sweep.read_cells(args.spec)
+    if args.backend not in sweep_runs.BACKENDS:
+        raise InputError(f"unknown --backend {args.backend!r}", hint=suggestion(args.backend, sweep_runs.BACKENDS))
+    sweep = load_sweep(args.spec)
+    for name, reason in sweep.refused.items():
+        out.say(f"left out: {name}: {reason}")
     if args.dry_run:
-        return _list(cells, out)
-    if args.out is None:
-        raise InputError("no folder given", hint="--out DIR")
-    root = Path(args.out)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {args.out!r} cannot be made: {error.strerror}") from error
-    failures = _train(cells, root, args.jobs, out)
-    found = sweep.outcomes(cells, root)
-    if out.form == "json":
-        out.json({"rows": [vars(outcome) for outcome in found], "failures": failures})
+        return _list(sweep, out)
+    root = Path(args.out) if args.out else Path("runs") / sweep.name
+    if args.report:
+        results = read_results(root / RESULTS)
+        if not results:
+            raise InputError(f"no results in '{root}'", hint=f"dpquant sweep {args.spec} --out {root}")
     else:
-        _show(found, out)
-        for name, failure in failures.items():
-            out.say(f"failed: {name}: {failure}")
-    out.say(f"every run: {root / 'results.jsonl'}; one in full: dpquant report {root / cells[0].name}")
+        results = _train(sweep, root, args.jobs, args.backend, out)
+    failures = {run.name: str(results[run.name].error) for run in sweep.runs if _failed(results.get(run.name))}
+    _answer(sweep, outcomes(sweep, results), failures, out)
+    out.say(f"every run: {root / RESULTS}; one in full: dpquant report {root / sweep.runs[0].name}")
     return 1 if failures else 0
 
 
-def _list(cells: Sequence[Cell], out: Output) -> int:
-    rows = [{"name": cell.name, "settings": cell.settings, "seed": cell.seed} for cell in cells]
+def _failed(result: SweepResult | None) -> bool:
+    return result is not None and not result.done
+
+
+def _list(sweep: Sweep, out: Output) -> int:
+    rows = [{"name": run.name, "settings": run.settings, "seed": run.seed} for run in sweep.runs]
     if out.form == "json":
-        out.json({"rows": rows})
+        out.json({"rows": rows, "refused": sweep.refused})
     else:
         out.table(Table(columns=[Column(key="name", title="run", wrap=True)], rows=rows))
         out.note(f"{len(rows)} runs; every configuration is sound.")
     return 0
 
 
-def _train(cells: Sequence[Cell], root: Path, jobs: int, out: Output) -> dict[str, str]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def pace(done: int, left: int, elapsed_s: float) -> str:
+    """Rate and time left after ``done`` runs of this session, with ``left`` to go."""
+    if not done or elapsed_s <= 0:
+        return "time left: after the first run"
+    per_run_s = elapsed_s / done
+    rate = f"{60 / per_run_s:.3g} runs/min" if per_run_s < 60 else f"{3600 / per_run_s:.3g} runs/h"
+    return f"{rate}, {duration(per_run_s * left)} left" if left else rate
 
-    from dpquant.sweep import run_all
+
+def _train(sweep: Sweep, root: Path, jobs: int, backend: str, out: Output) -> dict[str, SweepResult]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from dpquant.sweep_runs import train_sweep
 
     console = out.console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    plain = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=out.quiet or plain) as progress:
-        task = progress.add_task("runs", total=len(cells))
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    hidden = out.quiet or not console.is_terminal
+    total, before = len(sweep.runs), 0
+    begun = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(pace(0, total, 0), total=total)
+        done = 0
 
-        def done(count: int) -> None:
+        def started(count: int) -> None:
+            nonlocal before
+            before = count
             progress.update(task, completed=count)
-            if plain:
-                out.say(f"{count} of {len(cells)} runs")
+            if count:
+                out.say(f"{count} of {total} runs were done before")
+
+        def ended(result: SweepResult) -> None:
+            nonlocal done
+            done += 1
+            text = pace(done, total - before - done, time.monotonic() - begun)
+            progress.update(task, completed=before + done, description=text)
+            line = f"{before + done} of {total}: {result.name}: {_in_short(result)}"
+            if not out.quiet:
+                console.print(line if not hidden else f"{line}; {text}", soft_wrap=True)
 
         try:
-            return run_all(cells, root, jobs, done)
+            return train_sweep(sweep, root, jobs=jobs, backend=backend, started=started, ended=ended)
         except KeyboardInterrupt:
             out.say("stopped; the same command goes on with what is left")
             raise
 
 
-def _show(found: Sequence[Outcome], out: Output) -> None:
-    varied = [key for key in found[0].settings if len({str(o.settings[key]) for o in found}) > 1]
-    rows: list[dict[str, Any]] = [vars(outcome) | {"text": _setting(outcome.settings, varied)} for outcome in found]
-    for row in rows[1:]:  # the first is what the others are held against
-        row["shown_difference"] = row["difference"]
-        row["range"] = (row["difference_low"], row["difference_high"]) if row["difference_low"] is not None else None
-    columns = [
-        Column(key="text", title="setting", wrap=True),
-        Column(key="runs", title="runs", right=True),
-        Column(key="accuracy", title="accuracy", show=percent, right=True),
-        Column(key="accuracy_sd", title="sd", show=lambda v: f"{100 * v:.1f}", right=True),
-        Column(key="shown_difference", title="diff.", show=lambda v: f"{100 * v:+.1f}", right=True),
-        Column(key="range", title="95 %", show=lambda v: f"{100 * v[0]:+.1f} to {100 * v[1]:+.1f}", right=True),
-        Column(key="speedup", title="speedup", show=speedup, right=True),
-        Column(key="epsilon", title="eps", show=number, right=True, spare=True),
-    ]
+def _in_short(result: SweepResult) -> str:
+    if not result.done:
+        return f"failed: {result.error}"
+    accuracy = "-" if result.accuracy is None else percent(result.accuracy)
+    return f"{accuracy}, epsilon {result.epsilon or 0:.3g}, {duration(result.wall_s or 0)}"
+
+
+# --- what came of it
+
+
+def _answer(sweep: Sweep, found: Sequence[Outcome], failures: Mapping[str, str], out: Output) -> None:
+    rows = [row(outcome) for outcome in found]
+    if out.form == "json":
+        out.json({"rows": rows, "failures": failures, "refused": sweep.refused})
+        return
     if out.form == "csv":
-        columns = [Column(key=key, title=key) for key in vars(found[0])]
-    known = [(row["accuracy"], -index) for index, row in enumerate(rows) if row["accuracy"] is not None]
-    out.table(Table(columns=columns, rows=rows, best=-max(known)[1] if known else None))
-    out.note("Accuracy in percent; diff.: against the first setting, seed by seed, in points, with its 95 % interval.")
-    least = min((outcome.runs for outcome in found), default=0)
-    out.note(
-        "An interval that holds 0 shows no difference."
-        if least > 1
-        else "With one seed nothing can be said about differences: give several seeds."
-    )
+        out.table(Table(columns=[Column(key=key, title=key) for key in rows[0]], rows=rows))
+    else:
+        labels = _labels(sweep)
+        out.table(Table(columns=_COLUMNS, rows=[_shown(one, labels(one["settings"])) for one in rows]))
+        for sentence in _sentences(rows, labels):
+            out.note(sentence)
+    for name, failure in failures.items():
+        out.say(f"failed: {name}: {failure}")
 
 
-def _setting(settings: Mapping[str, Any], varied: Sequence[str]) -> str:
-    return ", ".join(f"{key.split('.')[-1]} {settings[key]}" for key in varied) or "all"
+def row(outcome: Outcome) -> dict[str, Any]:
+    """One point as flat keys, as JSON and CSV have them."""
+    accuracy, difference = outcome.accuracy, outcome.difference
+    flat = {
+        "settings": outcome.settings,
+        "runs": outcome.runs,
+        "failed": outcome.failed,
+        "accuracy": accuracy.mean,
+        "accuracy_sd": accuracy.sd,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "compared_with": outcome.compared_with,
+        "pairs": difference.n,
+        "difference": difference.mean,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "sign": difference.sign,
+    }
+    return flat | {key: value for key, value in vars(outcome).items() if key not in ("accuracy", "difference", *flat)}
+
+
+_COLUMNS = (
+    Column(key="text", title="setting", wrap=True),
+    Column(key="count", title="runs", right=True),
+    Column(key="spread", title="accuracy", right=True),
+    Column(key="difference", title="diff.", show=lambda v: f"{100 * v:+.1f}", right=True),
+    Column(key="range", title="95 %", right=True),
+    Column(key="worst", title="worst", right=True),
+    Column(key="speedup_peak", title="peak", show=speedup, right=True),
+    Column(key="speedup_calibrated", title="calib.", show=speedup, right=True),
+    Column(key="energy_share_peak", title="energy", show=lambda v: f"{100 * v:.0f} %", right=True, spare=True),
+    Column(key="epsilon", title="eps", show=number, right=True, spare=True),
+)
+
+
+def _shown(one: Mapping[str, Any], text: str) -> dict[str, Any]:
+    cells = {
+        **one,
+        "text": text,
+        "count": f"{one['runs']}/{one['runs'] + one['failed']}" if one["failed"] else one["runs"],
+    }
+    if one["accuracy"] is not None:
+        sd = "" if one["accuracy_sd"] is None else f" ±{100 * one['accuracy_sd']:.1f}"
+        cells["spread"] = f"{100 * one['accuracy']:.1f}{sd}"
+        cells["worst"] = f"{100 * one['worst_accuracy']:.1f} ({one['worst_seed']})"
+    if one["difference_low"] is not None:
+        cells["range"] = f"{100 * one['difference_low']:+.1f} to {100 * one['difference_high']:+.1f}"
+    return cells
+
+
+def _labels(sweep: Sweep) -> Callable[[Mapping[str, Any]], str]:
+    """How a point is called: the values that not all points share, with their keys where there are several."""
+    from dpquant.sweep import short_names
+
+    short = short_names(sweep.keys)
+    varied = [key for key in sweep.keys if len({str(point[key]) for point in sweep.points}) > 1]
+
+    def label(settings: Mapping[str, Any]) -> str:
+        if len(varied) == 1:
+            return str(settings[varied[0]])
+        return ", ".join(f"{short[key]} {settings[key]}" for key in varied) or "all"
+
+    return label
+
+
+def _sentences(rows: Sequence[Mapping[str, Any]], label: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """What the table shows and what it does not: no claim without its interval."""
+    baselines = list(dict.fromkeys(label(one["compared_with"]) for one in rows if one["compared_with"] is not None))
+    against = baselines[0] if len(baselines) == 1 else "its baseline"
+    said = [
+        f"Accuracy after the last epoch, in percent, ± sd; diff.: paired, against {against}; worst: the worst seed."
+    ]
+    for sign, word in ((1, "Better"), (-1, "Worse")):
+        if found := [label(one["settings"]) for one in rows if one["sign"] == sign]:
+            said.append(f"{word} than {against} (the 95 % interval leaves 0 out): {'; '.join(found)}.")
+    if unclear := [label(one["settings"]) for one in rows if one["sign"] == 0]:
+        said.append(f"No difference shown: {'; '.join(unclear)}.")
+    compared = [one for one in rows if one["compared_with"] is not None]
+    if any(one["sign"] is None for one in compared):
+        said.append("Fewer than two pairs of seeds allow no interval, and without one nothing is claimed.")
+    elif len(compared) > 1:
+        said.append("Each interval stands alone: of twenty such, one misses the truth by chance.")
+    return said

@@ -1,0 +1,200 @@
+"""A sweep's runs, trained: side by side, each in a folder of its own, each going on where it stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpquant.config import load_config
+from dpquant.rundir import EpochRecord, RunFolder, take_lock, versions, write_atomic
+from dpquant.sweep import Sweep, SweepRun
+from dpquant.sweep_results import RESULTS, SweepResult, append_result, read_results, write_results
+from emulation.errors import InputError
+
+if TYPE_CHECKING:
+    from dpquant.engine import DPQuantEngine
+
+BACKENDS = ("loky", "threading", "dask", "ray")
+
+# Preparing seeds torch's one global generator for the initial weights; training draws from generators of its own.
+_PREPARING = threading.Lock()
+
+
+def train_sweep(
+    sweep: Sweep,
+    root: Path,
+    *,
+    jobs: int = 1,
+    backend: str = "loky",
+    started: Callable[[int], None] = lambda count: None,
+    ended: Callable[[SweepResult], None] = lambda result: None,
+) -> dict[str, SweepResult]:
+    """Trains the runs that have no result yet; a run that fails is a result too, and is tried again next time.
+
+    Args:
+        sweep: what to run.
+        root: the folder of the run folders and of ``results.jsonl``; held by one process at a time.
+        jobs: runs at the same time; -1 for one per core.
+        backend: joblib's, for more than one job. ``dask`` and ``ray`` take their scheduler's address from their own
+            settings (``DASK_SCHEDULER_ADDRESS``, ``RAY_ADDRESS``) and need ``root`` on a file system all workers share.
+        started: told how many runs already had a result.
+        ended: told each result as it comes.
+
+    Returns:
+        Name of a run -> its result, in the sweep's order.
+
+    Raises:
+        InputError: ``root`` cannot be written, is in use, or holds results of other configurations.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make folder '{root}': {error.strerror}") from error
+    with take_lock(root):
+        path = root / RESULTS
+        known = read_results(path)
+        _check_same(sweep, known, path)
+        results = {name: result for name, result in known.items() if result.done}
+        left = [run for run in sweep.runs if run.name not in results]
+        write_results(path, results.values())  # without what is tried again, and without a line that was cut short
+        started(len(sweep.runs) - len(left))
+        for result in _trained(left, root, jobs, backend):
+            results[result.name] = result
+            append_result(path, result)
+            ended(result)
+        ordered = {run.name: results.pop(run.name) for run in sweep.runs} | results
+        write_results(path, ordered.values())
+    return ordered
+
+
+def _check_same(sweep: Sweep, known: Mapping[str, SweepResult], path: Path) -> None:
+    for run in sweep.runs:
+        if run.name in known and known[run.name].done and known[run.name].digest != run.config.digest:
+            hint = "the specification or its base has changed since: give a new folder with --out"
+            raise InputError(f"holds {run.name} of another configuration", hint=hint, file=path)
+
+
+def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str) -> Iterator[SweepResult]:
+    if jobs == 1 or len(runs) < 2:
+        yield from (run_result(run, root) for run in runs)
+        return
+    import joblib
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    _register(backend)
+    tasks = [joblib.delayed(run_result)(run, root) for run in runs]
+    # ray's backend hands nothing out before everything is done
+    order = "list" if backend == "ray" else "generator_unordered"
+    try:
+        with joblib.parallel_config(backend=backend, n_jobs=jobs):
+            yield from joblib.Parallel(return_as=order, batch_size=1, pre_dispatch="all")(tasks)
+    except TerminatedWorkerError as error:
+        message = "a process that trained was ended from outside, for memory perhaps; fewer --jobs need less"
+        raise OSError(f"{message}; the same command goes on with what is left") from error
+
+
+def _register(backend: str) -> None:
+    """What joblib has to be told before it knows a cluster's backend."""
+    try:
+        if backend == "ray":
+            from ray.util.joblib import register_ray
+
+            register_ray()
+        elif backend == "dask":
+            from distributed import Client, default_client
+
+            try:
+                default_client()
+            except ValueError:
+                Client(set_as_default=True)
+    except ImportError as error:
+        package = {"dask": "dask[distributed]", "ray": "ray[default]"}[backend]
+        raise InputError(f"--backend {backend} needs the package {package}", hint=f"pip install '{package}'") from error
+
+
+def run_result(run: SweepRun, root: Path) -> SweepResult:
+    """Trains one run, or goes on with one that was stopped; whatever fails in it is said in the result."""
+    shared: dict[str, Any] = {"name": run.name, "settings": run.settings, "seed": run.seed, "digest": run.config.digest}
+    kept = root / run.name / "result.json"
+    started = time.perf_counter()
+    try:
+        earlier = read_results(kept).get(run.name)
+        if earlier is not None and earlier.digest == run.config.digest:
+            return earlier
+        result = SweepResult(**shared, status="done", versions=versions(), **_measured(run, root / run.name))
+        write_atomic(kept, result.to_json().encode() + b"\n")
+    except Exception as error:  # one run's end is not the sweep's
+        line = " ".join(str(error).split())[:500]
+        said = line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
+        wall_s = time.perf_counter() - started
+        return SweepResult(**shared, status="failed", error=said, versions=versions(), wall_s=wall_s)
+    return result
+
+
+def _measured(run: SweepRun, path: Path) -> dict[str, Any]:
+    """Trains what is left of a run; its figures."""
+    import torch
+
+    from dpquant.report import summarize
+    from dpquant.train import prepare, train
+
+    with ExitStack() as held:
+        folder, state = None, None
+        if (path / "run.json").exists():
+            if load_config(path / "config.yaml").digest != run.config.digest:
+                raise InputError(f"run folder '{path}' holds a run of another configuration")
+            folder = held.enter_context(RunFolder.resume(path))
+            state = folder.load_checkpoint(map_location="cpu")
+        with _PREPARING:
+            training = prepare(run.config, root=state["engine"]["root"] if state is not None else None)
+        if folder is None:
+            _clear_unstarted(path)
+            folder = held.enter_context(RunFolder.create(path, config=run.config.data, facts=training.facts))
+        for _ in train(training, folder):
+            pass
+        records = folder.records()
+    summary = summarize(training.facts, records)
+    device = run.config["training"]["device"]
+    return {
+        "epochs": len(records),
+        "accuracy": summary.test_accuracy,
+        "best_accuracy": max((r.test_accuracy for r in records if r.test_accuracy is not None), default=None),
+        "test_loss": summary.test_loss,
+        "epsilon": summary.epsilon,
+        "delta": training.facts.delta,
+        "noise_multiplier": training.facts.noise_multiplier,
+        "quantized_share": summary.quantized_share,
+        **_modelled(training.engine, records),
+        "wall_s": summary.wall_s,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+    }
+
+
+def _clear_unstarted(path: Path) -> None:
+    """Removes what a run leaves that was stopped before ``run.json``, when it had spent nothing."""
+    if path.is_dir():
+        for file in path.iterdir():
+            if file.name == "config.yaml" or file.name.startswith((".config.yaml.", ".run.json.")):
+                file.unlink()
+
+
+def _modelled(engine: DPQuantEngine, records: Sequence[EpochRecord]) -> dict[str, float | None]:
+    """Speedup and energy over all steps on both bases, as far as the profile has them."""
+    figures: dict[str, float | None] = {}
+    for basis in ("peak", "calibrated") if engine.profile.calibration is not None else ("peak",):
+        full = engine.estimate({}, basis)
+        steps = sum(r.steps for r in records)
+        if not steps:
+            continue
+        shares = [(r.steps / steps, r.quantized) for r in records]
+        figures[f"speedup_{basis}"] = 1 / sum(share / engine.speedup(plan, basis) for share, plan in shares)
+        energies = [(share, engine.estimate(plan, basis).energy_joules) for share, plan in shares]
+        if full.energy_joules is not None:
+            mean = sum(share * joules for share, joules in energies if joules is not None)
+            figures[f"energy_joules_{basis}"] = mean * steps
+            figures[f"energy_share_{basis}"] = mean / full.energy_joules
+    return figures
