@@ -167,8 +167,9 @@ def stand_ins() -> dict[str, Any]:
 
 
 def execute(name: str, block: Block, text: str, names: dict[str, Any]) -> Iterator[str]:
-    """Runs a Python text with fewer epochs than it asks for."""
-    text = re.sub(r"\bepochs=\d+", "epochs=2", re.sub(r"\brange\(\d+\)", "range(2)", text))
+    """Runs a Python text with fewer epochs, and Opacus with a faster accountant, than it asks for."""
+    for pattern, short in ((r"\bepochs=\d+", "epochs=2"), (r"\brange\(\d+\)", "range(2)"), ('"prv"', '"rdp"')):
+        text = re.sub(pattern, short, text)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile("\n" * (block.line - 1) + text, name, "exec"), names)
