@@ -131,17 +131,13 @@ def joined() -> Iterator[Processes]:
     process that ``torchrun`` stops because another one died says so and ends, also from within a collective.
 
     Raises:
+        InputError: more processes on this host than it has CUDA devices.
         ConnectionError: the others cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     store, rank, size = _collective(lambda: next(rendezvous("env://", timeout=_TIMEOUT)))
-    devices = torch.cuda.device_count()
-    if devices:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % devices)
-    backend = "cpu:gloo,cuda:nccl" if devices else "gloo"
-    _collective(lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT))
     failures = store.clone()  # a connection of its own: the other may be waiting
 
     def first_to_fail() -> bool:
@@ -152,12 +148,29 @@ def joined() -> Iterator[Processes]:
 
     with _ending_when_told(first_to_fail):
         try:
+            backend = _backend(int(os.environ.get("LOCAL_RANK", rank)))
+            options = {"store": store, "rank": rank, "world_size": size, "timeout": _TIMEOUT}
+            _collective(lambda: dist.init_process_group(backend, **options))
             yield Processes(rank=rank, size=size)
         except (Exception, KeyboardInterrupt) as error:
             if first_to_fail():
                 raise
             raise SystemExit(2 if isinstance(error, InputError) else 1) from error
         dist.destroy_process_group()
+
+
+def _backend(local_rank: int) -> str:
+    """What carries the tensors; with CUDA, this process takes its device."""
+    devices = torch.cuda.device_count()
+    if not devices:
+        return "gloo"
+    if local_rank >= devices:
+        raise InputError(
+            f"process local_rank={local_rank} has no CUDA device: there are {devices}",
+            hint=f"torchrun --nproc-per-node {devices}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    torch.cuda.set_device(local_rank)
+    return "cpu:gloo,cuda:nccl"
 
 
 @contextmanager
@@ -196,4 +209,6 @@ def _collective(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except RuntimeError as error:
-        raise ConnectionError(_LOST) from error
+        said = str(error).strip().splitlines()[0]
+        gone = any(word in said for word in ("closed by peer", "reset by peer", "Broken pipe"))
+        raise ConnectionError(_LOST if gone else f"the processes of this run lost one another: {said}") from error
