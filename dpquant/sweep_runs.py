@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def train_sweep(
     except OSError as error:
         raise InputError(f"cannot make folder '{root}': {error.strerror}") from error
     with take_lock(root):
+        root = root.absolute()  # a cluster's workers stand elsewhere
         path = root / RESULTS
         known = read_results(path)
         _check_same(sweep, known, path)
@@ -85,35 +86,39 @@ def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str) -> I
     import joblib
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    _register(backend)
     tasks = [joblib.delayed(run_result)(run, root) for run in runs]
     # ray's backend hands nothing out before everything is done
     order = "list" if backend == "ray" else "generator_unordered"
     try:
-        with joblib.parallel_config(backend=backend, n_jobs=jobs):
+        with _cluster(backend, jobs), joblib.parallel_config(backend=backend, n_jobs=jobs):
             yield from joblib.Parallel(return_as=order, batch_size=1, pre_dispatch="all")(tasks)
     except TerminatedWorkerError as error:
         message = "a process that trained was ended from outside, for memory perhaps; fewer --jobs need less"
         raise OSError(f"{message}; the same command goes on with what is left") from error
 
 
-def _register(backend: str) -> None:
-    """What joblib has to be told before it knows a cluster's backend."""
+@contextmanager
+def _cluster(backend: str, jobs: int) -> Iterator[None]:
+    """Connects to dask's or ray's cluster, or starts one of this machine's processes where none is configured."""
     try:
         if backend == "ray":
             from ray.util.joblib import register_ray
 
             register_ray()
         elif backend == "dask":
-            from distributed import Client, default_client
+            import dask
+            from distributed import Client
 
-            try:
-                default_client()
-            except ValueError:
-                Client(set_as_default=True)
+            local = {} if dask.config.get("scheduler-address", None) else {"threads_per_worker": 1}
+            if local and jobs > 0:
+                local["n_workers"] = jobs
+            with Client(**local):
+                yield
+            return
     except ImportError as error:
-        package = {"dask": "dask[distributed]", "ray": "ray[default]"}[backend]
+        package = {"dask": "dask[distributed]", "ray": "ray"}[backend]
         raise InputError(f"--backend {backend} needs the package {package}", hint=f"pip install '{package}'") from error
+    yield
 
 
 def run_result(run: SweepRun, root: Path) -> SweepResult:
