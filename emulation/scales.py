@@ -37,13 +37,19 @@ def scale_from(amax: Tensor, element: NumberFormat, scale: NumberFormat, rule: S
     if rule == "max" and scale.kind == "exponent":
         rule = "pow2"  # a nearest power of two could be too small by half
     if rule == "max":
-        s = torch.clamp(amax / element.max_value, min=_FLOAT32_MIN)
+        s = torch.clamp(amax / _like(amax, element.max_value), min=_FLOAT32_MIN)
         if scale.name != "float32":
             s = torch.clamp(on_grid(s, scale), min=scale.min_subnormal)
         s = torch.where(amax == 0, 1.0, s)
     else:
         s = _power_of_two(amax, element, rule)
     return torch.where(amax < math.inf, s, math.nan)
+
+
+def _like(x: Tensor, value: float) -> Tensor:
+    """``value`` as a tensor beside ``x``: divided by a Python number, CUDA multiplies by its reciprocal instead, and a
+    Python number divided by a tensor is a product with the reciprocal everywhere: both round twice."""
+    return torch.full((), value, dtype=x.dtype, device=x.device)
 
 
 def _power_of_two(amax: Tensor, element: NumberFormat, rule: ScaleRule) -> Tensor:
@@ -83,10 +89,10 @@ def two_level_scales(
     """
     full = element.max_value * scale.max_value
     finite = amax_unit < math.inf
-    encode = torch.clamp(full / amax_unit, max=_FLOAT32_MAX)
+    encode = torch.clamp(_like(amax_unit, full) / amax_unit, max=_FLOAT32_MAX)
     encode = torch.where(finite, torch.where(amax_unit == 0, 1.0, encode), math.nan)
     inverse = (1.0 / torch.tensor(element.max_value)).item()
     block = on_grid(amax_block * (encode * inverse), scale)
     factor = torch.clamp(1.0 / (block * (1.0 / encode)), max=_FLOAT32_MAX)
-    unit = torch.where(finite, torch.where(amax_unit == 0, 1.0, amax_unit / full), math.nan)
+    unit = torch.where(finite, torch.where(amax_unit == 0, 1.0, amax_unit / _like(amax_unit, full)), math.nan)
     return block, unit, factor

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from emulation.codec import encode
 from emulation.formats import BlockFormat, NumberFormat, get_format, scalar_format
 from emulation.quantizer import Quantizer
-from emulation.scales import scale_from
+from emulation.scales import scale_from, two_level_scales
 
 E8M0 = scalar_format("float8_e8m0fnu")
 FLOAT32 = scalar_format("float32")
@@ -279,3 +279,16 @@ def test_a_users_block_format_rounds_its_scales() -> None:
     q = Quantizer(fmt)(torch.randn(3, 20, generator=torch.Generator().manual_seed(0)))
     assert q.scale.shape == (3, 3)
     assert torch.equal(q.scale, q.scale.to(torch.float8_e4m3fn).float())
+
+
+def test_scales_are_quotients_rounded_once() -> None:
+    """A Python number on either side of ``/`` would be turned into a product with a reciprocal, rounded twice."""
+    amax = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 10 + 0.01
+    e4m3, e2m1 = scalar_format("float8_e4m3fn"), scalar_format("float4_e2m1fn")
+    found = scale_from(amax, e4m3, FLOAT32, "max")
+    np.testing.assert_array_equal(found.numpy(), amax.numpy() / np.float32(448))
+    block, unit, factor = two_level_scales(amax, amax, e2m1, e4m3)
+    np.testing.assert_array_equal(unit.numpy(), amax.numpy() / np.float32(2688))
+    encode = np.float32(2688) / amax.numpy()
+    decode = np.float32(1) / encode
+    np.testing.assert_array_equal(factor.numpy(), np.float32(1) / (block.numpy() * decode))
