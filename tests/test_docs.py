@@ -35,7 +35,8 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 SHELL = ("", "sh", "bash", "shell", "console")
 CUT_SHORT = {
     ("train",): ["--epochs", "1", "--scheduler", "static"],
-    ("audit",): ["--trials", "100", "--examples", "16"],
+    ("audit",): ["--mechanism", "analysis", "--trials", "100", "--examples", "16"],
+    ("sweep",): ["--dry-run"],
     ("hardware", "calibrate"): ["--device", "cpu", "--seconds", "2"],
 }
 NEEDS_FILES = ("fashion_mnist", "cifar10", "emnist")
