@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from emulation.errors import InputError
 
 _TIMEOUT = timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
-_LOST = "another process of this run stopped, and this one with it; `dpquant train --resume` goes on, on any number"
+_LOST = "another process of this run stopped, so this one did; --resume goes on, on any number of processes"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Value = TypeVar("Value")
 Items = TypeVar("Items", Tensor, list[int])
