@@ -11,6 +11,7 @@
 import contextlib
 import io
 import re
+import runpy
 import shlex
 import warnings
 from collections.abc import Iterator
@@ -271,6 +272,28 @@ def test_no_page_is_out_of_reach() -> None:
     assert [path.name for path in (ROOT / "docs").glob("*.md") if path.resolve() not in linked] == []
 
 
+def test_the_reference_is_that_of_the_code() -> None:
+    page = runpy.run_path(str(ROOT / "docs/reference.py"))["reference"]()
+    assert page == (ROOT / "docs/reference.md").read_text(), "python docs/reference.py writes it anew"
+
+
+def test_public_names_are_documented() -> None:
+    """Each has a sentence, and each argument that a docstring lists is one that there is."""
+    page = runpy.run_path(str(ROOT / "docs/reference.py"))["reference"]()
+    entries = re.split(r"^#{3,4} ", page, flags=re.MULTILINE)[1:]
+    assert len(entries) > 50
+    for entry in entries:
+        name = entry.splitlines()[0]
+        described = re.sub(r"```text.*?```", "", entry, flags=re.DOTALL)
+        assert any(line.rstrip().endswith((".", ":", ";")) for line in described.splitlines()[1:]), name
+        call = re.search(r"```text\n(.*?)```", entry, flags=re.DOTALL)
+        listed = re.search(r"\*Args\*\n\n(.*?)(?:\n\n|\Z)", entry, flags=re.DOTALL)
+        if call and listed:
+            names = re.findall(r"^- `([\w, ]+)`:", listed[1], flags=re.MULTILINE)
+            for argument in (one.strip() for group in names for one in group.split(",")):
+                assert re.search(rf"\b{argument}\b", call[1]), f"{name} has no argument {argument}"
+
+
 def test_five_lines_change() -> None:
     """What README.md says of the step from Opacus."""
     (diff,) = (block.text for block in blocks((ROOT / "README.md").read_text()) if block.language == "diff")
@@ -360,3 +383,4 @@ if __name__ == "__main__":
         patch.setenv("COLUMNS", "80")
         for page_path in PAGES:
             page_path.write_text(rewritten(page_path.read_text()))
+    runpy.run_path(str(ROOT / "docs/reference.py"), run_name="__main__")
