@@ -134,7 +134,7 @@ def joined() -> Iterator[Processes]:
         InputError: more processes on this host than it has CUDA devices.
         ConnectionError: the others cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     store, rank, size = _collective(lambda: next(rendezvous("env://", timeout=_TIMEOUT)))

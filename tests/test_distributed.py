@@ -197,7 +197,13 @@ def _network() -> nn.Sequential:
     )  # fmt: skip
 
 
-def _private(processes: Processes, physical: int | None = None, probe: Any = "forward", **changes: Any) -> Any:
+def _private(
+    processes: Processes,
+    physical: int | None = None,
+    probe: Any = "forward",
+    target_epsilon: float | None = None,
+    **changes: Any,
+) -> Any:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(64, 1, 8, 8, generator=generator), torch.arange(64) % 4)
     given: dict[str, Any] = {"hardware": "b200", "basis": "peak", "accountant": "rdp", "seed": 0, "fraction": 0.5}
@@ -209,7 +215,8 @@ def _private(processes: Processes, physical: int | None = None, probe: Any = "fo
         optimizer=torch.optim.SGD(network.parameters(), lr=0.5),
         criterion=nn.CrossEntropyLoss(),
         data_loader=DataLoader(data, batch_size=16),
-        noise_multiplier=1.0,
+        noise_multiplier=1.0 if target_epsilon is None else None,
+        target_epsilon=target_epsilon,
         target_delta=1e-3,
         epochs=2,
         max_grad_norm=1.0,
@@ -312,6 +319,32 @@ def test_no_process_sees_noise_that_the_ledger_did_not_take(tmp_path: Path) -> N
     seen, same = answers[1]
     assert "another process of this run stopped" in seen
     assert same
+
+
+def test_steps_repeated_by_another_arithmetic_count_again_and_the_end_that_they_cost_is_kept() -> None:
+    def engine(state: dict[str, Any] | None = None) -> DPQuantEngine:
+        made: DPQuantEngine = _private(ALONE, scheduler="pls", target_epsilon=8.0)[0]
+        if state is not None:
+            made.load_state(state)
+        return made
+
+    first = engine()
+    first._spend(first._training_event(first.steps_per_epoch))
+    state = first.state(1)
+    written = first.ledger.record(first._training_event(2))  # two steps into the second epoch it was stopped
+    repeating = engine(state)
+    repeating.write_ahead(written, lambda event: None)
+    assert repeating.ledger == first.ledger
+    assert repeating.last_step == first.last_step
+
+    other = engine(state | {"arithmetic": "another"})
+    other.write_ahead(written, lambda event: None)
+    assert other.ledger == written
+    assert other.last_step == first.last_step - 2
+    again = engine(other.state(1))  # now the arithmetic is that of the checkpoint
+    again.write_ahead(written, lambda event: None)
+    assert again.ledger == written
+    assert again.last_step == other.last_step
 
 
 # --- runs, as the command makes them
