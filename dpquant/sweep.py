@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,21 @@ class Sweep:
     refused: Mapping[str, str] = field(default_factory=dict)
     baseline: Mapping[str, Any] | None = None
 
-    @property
-    def points(self) -> list[Mapping[str, Any]]:
-        """The different settings, in the specification's order."""
-        return list({dumps_strict(run.settings): run.settings for run in self.runs}.values())
+    @cached_property
+    def points(self) -> Mapping[str, Mapping[str, Any]]:
+        """The different settings, in the specification's order, by their `point_key`."""
+        return {point_key(run.settings): run.settings for run in self.runs}
 
     def compared_with(self, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The point that ``settings`` is compared with; None for a baseline, or where there is no such point."""
-        other = self.points[0] if self.baseline is None else {**settings, **self.baseline}
-        return other if other != settings and other in self.points else None
+        other = next(iter(self.points.values())) if self.baseline is None else {**settings, **self.baseline}
+        return other if other != settings and point_key(other) in self.points else None
+
+
+def point_key(settings: Mapping[str, Any]) -> str:
+    """Text that is equal for equal settings: 50 and 50.0 are one number, whatever order the keys are in."""
+    numbers = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in settings.items()}
+    return dumps_strict(dict(sorted(numbers.items())))
 
 
 def shipped_sweeps() -> dict[str, Path]:
@@ -102,11 +109,12 @@ def shipped_sweeps() -> dict[str, Path]:
     return {p.stem: p for folder in reversed(_SHIPPED) if folder.is_dir() for p in sorted(folder.glob("*.yaml"))}
 
 
-def load_sweep(path: str | Path) -> Sweep:
+def load_sweep(path: str | Path, overrides: Mapping[KeyPath, Any] | None = None) -> Sweep:
     """Reads and checks a specification, and every configuration it means.
 
     Args:
         path: a YAML file, or the name of a shipped sweep.
+        overrides: key path -> value, in the place of what the base says, for all runs.
 
     Raises:
         InputError: no such file, or every problem in it, each with file and line; or no combination is left to run.
@@ -122,13 +130,13 @@ def load_sweep(path: str | Path) -> Sweep:
     seeds = document.data["seeds"]
     seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
     keys = _varied(document.data)
-    runs, refused = _expanded(document, Path(path), keys, seeds)
+    runs, refused = _expanded(document, Path(path), keys, seeds, overrides or {})
     if not runs:
         name, reason = next(iter(refused.items()), ("", "every point of the grid is excluded"))
         raise document.error((), f"nothing to run: {f'{name}: ' if name else ''}{reason}")
     baseline = document.data.get("compare", {}).get("to")
     found = Sweep(name=Path(path).stem, keys=keys, runs=tuple(runs), refused=refused, baseline=baseline)
-    if baseline is not None and all(found.compared_with(point) is None for point in found.points):
+    if baseline is not None and all(found.compared_with(point) is None for point in found.points.values()):
         hint = "every other setting of the two has to be the same"
         raise document.error(("compare", "to"), f"compare.to={_text(baseline)} is the baseline of no point", hint=hint)
     return found
@@ -197,7 +205,7 @@ def _base(document: Document, path: Path) -> Path:
 
 
 def _expanded(
-    document: Document, path: Path, keys: Sequence[str], seeds: Sequence[int]
+    document: Document, path: Path, keys: Sequence[str], seeds: Sequence[int], shared: Mapping[KeyPath, Any]
 ) -> tuple[list[SweepRun], dict[str, str]]:
     base = _base(document, path)
     short = short_names(keys)
@@ -207,7 +215,7 @@ def _expanded(
         overrides: dict[KeyPath, Any] = {tuple(key.split(".")): value for key, (value, _) in point.items()}
         lines = {tuple(k.split(".")): (document.file, document.lines[at]) for k, (_, at) in point.items()}
         try:
-            config = load_config(base, {**with_alternatives(overrides), ("seed",): seed}, lines)
+            config = load_config(base, {**shared, **with_alternatives(overrides), ("seed",): seed}, lines)
         except InputError as error:
             errors = getattr(error, "errors", (error,))
             ours = [one for one in errors if one.file == document.file]
@@ -284,13 +292,14 @@ def outcomes(sweep: Sweep, results: Mapping[str, SweepResult]) -> list[Outcome]:
     """Every point of a sweep over the runs that have a result."""
     by_point: dict[str, list[SweepResult]] = {}
     for run in sweep.runs:
-        found = by_point.setdefault(dumps_strict(run.settings), [])
+        found = by_point.setdefault(point_key(run.settings), [])
         if run.name in results:
             found.append(results[run.name])
     accuracies = {
         point: {r.seed: r.accuracy for r in found if r.accuracy is not None} for point, found in by_point.items()
     }
-    return [_outcome(settings, by_point, accuracies, sweep.compared_with(settings)) for settings in sweep.points]
+    points = sweep.points.values()
+    return [_outcome(settings, by_point, accuracies, sweep.compared_with(settings)) for settings in points]
 
 
 def _outcome(
@@ -299,7 +308,7 @@ def _outcome(
     accuracies: Mapping[str, Mapping[int, float]],
     other: Mapping[str, Any] | None,
 ) -> Outcome:
-    point = dumps_strict(settings)
+    point = point_key(settings)
     done = [result for result in by_point[point] if result.done]
     own = accuracies[point]
     worst = min(own, key=lambda seed: (own[seed], seed), default=None)
@@ -316,7 +325,7 @@ def _outcome(
         worst_seed=worst,
         worst_accuracy=None if worst is None else own[worst],
         compared_with=other,
-        difference=sample([]) if other is None else paired(own, accuracies[dumps_strict(other)]),
+        difference=sample([]) if other is None else paired(own, accuracies[point_key(other)]),
         speedup_peak=mean("speedup_peak"),
         speedup_calibrated=mean("speedup_calibrated"),
         energy_share_peak=mean("energy_share_peak"),

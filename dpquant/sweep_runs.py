@@ -80,7 +80,7 @@ def _check_same(sweep: Sweep, known: Mapping[str, SweepResult], path: Path) -> N
 
 
 def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str) -> Iterator[SweepResult]:
-    if jobs == 1 or len(runs) < 2:
+    if not runs or (jobs == 1 and backend in ("loky", "threading")):
         yield from (run_result(run, root) for run in runs)
         return
     import joblib

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import pickle
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,13 @@ def test_each_point_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
     assert found["pls", "nvfp4"].wall_s == 6.0
 
 
+def test_whole_and_decimal_numbers_are_one_setting(tmp_path: Path) -> None:
+    text = "seeds: [0]\ngrid: {schedule.beta: [50.0, 60]}\ncompare: {to: {schedule.beta: 50}}\n"
+    sweep = load_sweep(spec(tmp_path, text))
+    assert sweep.compared_with({"schedule.beta": 60}) == {"schedule.beta": 50}
+    assert sweep.compared_with({"schedule.beta": 50.0}) is None
+
+
 def test_without_a_baseline_the_first_point_is_it(tmp_path: Path) -> None:
     sweep = load_sweep(spec(tmp_path, SCHEDULERS))
     full, pls = outcomes(sweep, made_up(sweep, {run.name: 0.5 for run in sweep.runs}))
@@ -393,8 +402,14 @@ def test_runs_travel_to_other_processes(tmp_path: Path) -> None:
         assert there.config.digest == run.config.digest
 
 
-@pytest.mark.parametrize("backend", ["threading", pytest.param("loky", marks=pytest.mark.long)])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("loky", "dask", "ray")]
+
+
+@pytest.mark.parametrize("backend", ["threading", *LONG])
+@pytest.mark.filterwarnings("default")  # of the clusters' own
 def test_side_by_side_gives_the_same_numbers(tmp_path: Path, backend: str) -> None:
+    if backend in ("dask", "ray"):
+        pytest.importorskip({"dask": "distributed", "ray": "ray"}[backend])
     sweep = load_sweep(spec(tmp_path, "seeds: [0, 1]\ngrid: {training.epochs: [1]}\n"))
     alone = sweep_runs.train_sweep(sweep, tmp_path / "alone")
     counts: list[int] = []
@@ -411,6 +426,37 @@ def test_side_by_side_gives_the_same_numbers(tmp_path: Path, backend: str) -> No
     assert all(result.done for result in together.values())
     assert counts == [0]
     assert sorted(ended) == sorted(alone)
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_ends_the_sweep_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(spec(tmp_path, "seeds: [0, 1]\n"))
+    monkeypatch.setattr(sweep_runs, "run_result", _ends_its_process)
+    with pytest.raises(OSError, match="goes on with what is left"):
+        sweep_runs.train_sweep(sweep, tmp_path / "out", jobs=2)
+    assert read_results(tmp_path / "out" / "results.jsonl") == {}
+
+
+def _ends_its_process(run: Any, root: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()")
+def test_runs_share_one_gpu(tmp_path: Path) -> None:
+    sweep = load_sweep(spec(tmp_path, SCHEDULERS), {("training", "device"): "cuda"})
+    results = sweep_runs.train_sweep(sweep, tmp_path / "out", jobs=2)
+    assert all(result.done for result in results.values()), [result.error for result in results.values()]
+    assert all("cpu" not in str(result.device) for result in results.values())
+
+
+def test_device_and_data_are_this_machines(tmp_path: Path) -> None:
+    path = spec(tmp_path, "seeds: [0]\n")
+    here = load_sweep(path).runs[0]
+    there = load_sweep(path, {("training", "device"): "cuda", ("data", "root"): "/elsewhere"}).runs[0]
+    assert there.config["training"]["device"] == "cuda"
+    assert there.config["data"]["root"] == "/elsewhere"
+    assert (there.name, there.config.digest) == (here.name, here.config.digest)
 
 
 def test_a_folder_is_held_by_one_sweep(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("--out", metavar="DIR", help="folder of runs and of results.jsonl; default: runs/SPEC")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time; -1: one per core")
     parser.add_argument("--backend", default="loky", metavar="NAME", help="of joblib: loky, threading, dask or ray")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda, for all runs, which then share the one GPU")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set's files, for all runs")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, train none")
     parser.add_argument("--report", action="store_true", help="show the results there are, train none")
     parser.add_argument("--csv", action="store_true", help="print CSV")
@@ -57,7 +59,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     if args.backend not in sweep_runs.BACKENDS:
         raise InputError(f"unknown --backend {args.backend!r}", hint=suggestion(args.backend, sweep_runs.BACKENDS))
-    sweep = load_sweep(args.spec)
+    here = {("training", "device"): args.device, ("data", "root"): args.data_root}
+    sweep = load_sweep(args.spec, {key: value for key, value in here.items() if value is not None})
     for name, reason in sweep.refused.items():
         out.say(f"left out: {name}: {reason}")
     if args.dry_run:
@@ -216,7 +219,7 @@ def _labels(sweep: Sweep) -> Callable[[Mapping[str, Any]], str]:
     from dpquant.sweep import short_names
 
     short = short_names(sweep.keys)
-    varied = [key for key in sweep.keys if len({str(point[key]) for point in sweep.points}) > 1]
+    varied = [key for key in sweep.keys if len({str(point[key]) for point in sweep.points.values()}) > 1]
 
     def label(settings: Mapping[str, Any]) -> str:
         if len(varied) == 1:
