@@ -138,6 +138,7 @@ CASES: dict[str, dict[str, Any]] = {
     "parts": {"steps": 8, "scheduler": "full", "physical": 5},
     "forward": {"steps": 1, "scheduler": "dpquant"},
     "training": {"steps": 1, "scheduler": "dpquant", "probe": "training"},
+    "released": {"steps": 6, "scheduler": "dpquant", "estimator": "both"},
     "keyed": {"steps": 1, "scheduler": "static", "fraction": 1.0},
     "by position": {"steps": 1, "scheduler": "static", "fraction": 1.0, "by_position": True},
 }
@@ -201,13 +202,14 @@ def _private(
     processes: Processes,
     physical: int | None = None,
     probe: Any = "forward",
+    estimator: Any = "probe",
     target_epsilon: float | None = None,
     **changes: Any,
 ) -> Any:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(64, 1, 8, 8, generator=generator), torch.arange(64) % 4)
     given: dict[str, Any] = {"hardware": "b200", "basis": "peak", "accountant": "rdp", "seed": 0, "fraction": 0.5}
-    analysis = AnalysisSettings(interval=1, expected_batch_size=16, probe=probe)
+    analysis = AnalysisSettings(interval=1, expected_batch_size=16, probe=probe, estimator=estimator)
     engine = DPQuantEngine(**(given | changes), analysis=analysis, processes=processes)
     network = _network()
     parts = engine.make_private(
@@ -280,6 +282,13 @@ def test_quantized_training_and_its_analysis_are_those_of_one_process(
     assert answers[0]["epsilon"] == one["epsilon"]
     # one rounding that falls to the other side moves a weight more than the order of additions does
     torch.testing.assert_close(answers[0]["weights"], one["weights"], rtol=0, atol=1e-4)
+
+
+def test_sensitivities_from_released_gradients_are_the_same_everywhere(worlds: dict[int, list[Answer]]) -> None:
+    answers = [answer["released"] for answer in worlds[3]]
+    assert len(answers[0]["released"]) == 2
+    assert all(a["released"] == answers[0]["released"] for a in answers)
+    assert all(torch.equal(a["weights"], answers[0]["weights"]) for a in answers)
 
 
 def test_rounding_bits_by_position_would_be_seen(worlds: dict[int, list[Answer]], alone: Answer) -> None:
