@@ -133,7 +133,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for count in args.devices:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+            launcher += ["--nproc-per-node", str(count)]
             subprocess.run([*launcher, __file__, *sys.argv[1:], "--worker", folder], check=True)
             row = json.loads(Path(folder, "row.json").read_text())
             rows.append(row)
