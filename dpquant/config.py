@@ -269,6 +269,7 @@ def _overridden(
     if not isinstance(data, dict):
         return document
     data = {k: dict(v) if isinstance(v, dict) else v for k, v in data.items()}
+    wrong = []
     for key, value in overrides.items():
         section: Any = data
         file, line = origins.get(key, ("command line", 0))
@@ -277,12 +278,15 @@ def _overridden(
                 lines[key[:depth]], files[key[:depth]] = line, file
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                return document  # the check of the document itself says what is wrong
-        section.pop(key[-1], None)
-        if value is not None:
-            section[key[-1]] = value
-        lines[key], files[key] = line, file
-    return replace(document, data=data, lines=lines, files=files)
+                message = f"unknown key {'.'.join(map(str, key))!r}: {part} holds no keys"
+                wrong.append(InputError(message, file=file, line=line or None))
+                break
+        else:
+            section.pop(key[-1], None)
+            if value is not None:
+                section[key[-1]] = value
+            lines[key], files[key] = line, file
+    return replace(document, data=data, lines=lines, files=files, problems=(*document.problems, *wrong))
 
 
 def _set(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

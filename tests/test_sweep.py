@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpquant import sweep_runs
@@ -106,6 +106,8 @@ def test_a_key_takes_the_place_of_the_one_it_excludes(tmp_path: Path) -> None:
         ("seeds: [0]\ngrid:\n  schedule.fraction:\n  - 0.5\n  - 2.0\n", 6, "2.0 is above 1"),
         ("seeds: [0]\ngrid:\n  schedule.fractoin: [0.5]\n", 4, "'fractoin'"),
         ("seeds: [0]\ngrid:\n  schedul.fraction: [0.5]\n", 4, "'schedul'"),
+        ("seeds: [0]\ngrid:\n  format.x: [0.5]\n", 4, "'format.x'"),
+        ("seeds: [0]\ngrid: {}\ninclude:\n- {training.: 3}\n", 5, "unknown key ''"),
         ("seeds: [0]\ngrid:\n  seed: [1]\n", 4, "varied by seeds"),
         ("seeds: [0]\ngrid: {schedule.fraction: []}\n", 3, "at least 1"),
         ("seeds: [0]\ngrid: {schedule.fraction: [0.5, 0.5]}\n", 3, "comes twice"),
@@ -148,6 +150,53 @@ def test_contradictions_are_left_out_and_said(tmp_path: Path, capsys: Capture) -
     assert "left out: scheduler=pls,fraction=none: " in capsys.readouterr().err
     with pytest.raises(InputError, match=r"nothing to run: .*neither target_speedup nor fraction"):
         load_sweep(spec(tmp_path, "seeds: [0]\ngrid: {schedule.fraction: [null]}\n"))
+
+
+WORDS = st.sampled_from(
+    [
+        "base",
+        "grid",
+        "seeds",
+        "include",
+        "exclude",
+        "compare",
+        "to",
+        "format",
+        "format.x",
+        "schedule",
+        "schedule.scheduler",
+        "schedule.fraction",
+        "full",
+        "seed",
+        "model.options.a.b",
+        "analysis",
+        "training.epochs",
+        "digits",
+        "tiny.yaml",
+        ".",
+        "",
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 3) | st.sampled_from([0.5, 1e300]) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=8,
+)
+TABLES = st.dictionaries(WORDS, st.lists(VALUES, min_size=1, max_size=2), max_size=2)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_specification_ends_in_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
+    write_config(tmp_path)
+    made = data.draw(st.dictionaries(WORDS, VALUES, max_size=3))
+    made |= {"base": "tiny.yaml", "seeds": 1, "grid": data.draw(TABLES)} if data.draw(st.booleans()) else {}
+    (tmp_path / "spec.yaml").write_text(json.dumps(made))
+    try:
+        sweep = load_sweep(tmp_path / "spec.yaml")
+    except InputError:
+        return
+    assert outcomes(sweep, {})
 
 
 def test_too_many_runs(tmp_path: Path) -> None:
