@@ -152,10 +152,9 @@ def test_contradictions_are_left_out_and_said(tmp_path: Path, capsys: Capture) -
         load_sweep(spec(tmp_path, "seeds: [0]\ngrid: {schedule.fraction: [null]}\n"))
 
 
-WORDS = st.sampled_from(
-    ["base", "grid", "seeds", "include", "exclude", "compare", "to", "format", "format.x", "schedule", "full", "seed"]
-    + ["schedule.scheduler", "schedule.fraction", "model.options.a.b", "analysis", "training.epochs", "digits", ".", ""]
-)
+KEYS = ["schedule.scheduler", "schedule.fraction", "format.x", "model.options.a.b", "training.epochs", "seed", ".", ""]
+NAMES = ["base", "grid", "seeds", "include", "exclude", "compare", "to", "format", "schedule", "analysis", "digits"]
+WORDS = st.sampled_from(KEYS) | st.sampled_from(NAMES)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-1, 3) | st.sampled_from([0.5, 1e300]) | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
@@ -275,6 +274,27 @@ def test_without_a_baseline_the_first_point_is_it(tmp_path: Path) -> None:
     assert full.compared_with is None
     assert pls.compared_with == full.settings
     assert pls.difference.sign == 0
+
+
+def test_claims_have_intervals(tmp_path: Path, capsys: Capture) -> None:
+    text = "grid: {schedule.scheduler: [static, full, pls, dpquant]}\ncompare: {to: {schedule.scheduler: static}}\n"
+    above = {"static": (0, 0, 0), "full": (0.05, 0.06, 0.05), "pls": (-0.1, 0, 0.1), "dpquant": (-0.05, -0.06, -0.05)}
+
+    def said(seeds: int) -> str:
+        path = spec(tmp_path, f"{text}seeds: {seeds}\n")
+        sweep = load_sweep(path)
+        accuracies = {r.name: 0.8 + above[r.settings["schedule.scheduler"]][r.seed] + r.seed / 20 for r in sweep.runs}
+        write_results(tmp_path / "results.jsonl", made_up(sweep, accuracies).values())
+        return " ".join(shown(capsys, "sweep", path, "--out", str(tmp_path), "--report").split())
+
+    three = said(3)
+    assert "Better than static (the 95 % interval leaves 0 out): full." in three
+    assert "Worse than static (the 95 % interval leaves 0 out): dpquant." in three
+    assert "No difference shown: pls." in three
+    assert "Each interval stands alone" in three
+    one = said(1)
+    assert "without one nothing is claimed" in one
+    assert not any(word in one for word in ("Better", "Worse", "No difference"))
 
 
 RESULTS = st.builds(
