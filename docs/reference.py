@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PACKAGES = ("dpquant", "emulation", "hwmodels")
@@ -110,13 +111,19 @@ def entry(name: str, thing: Any) -> str:
     return "\n\n".join(parts + whole) + "\n"
 
 
+def exported(package: ModuleType, name: str) -> Any:
+    """What a package exports as ``name``; where a callable module has that name too, its function."""
+    thing = getattr(package, name)
+    return getattr(thing, name) if inspect.ismodule(thing) else thing
+
+
 def reference() -> str:
     """The whole page."""
     page = [HEAD]
     for package in PACKAGES:
         module = importlib.import_module(package)
         page.append(f"## {package}\n")
-        page += [entry(name, getattr(module, name)) for name in module.__all__ if not name.startswith("_")]
+        page += [entry(name, exported(module, name)) for name in module.__all__ if not name.startswith("_")]
         for home, names in MORE.items():
             if home.startswith(package + "."):
                 page.append(f"## {home}\n")

@@ -93,7 +93,7 @@ def _list(sweep: Sweep, out: Output) -> int:
 
 
 def pace(done: int, left: int, elapsed_s: float) -> str:
-    """Rate and time left after ``done`` runs of this session, with ``left`` to go."""
+    """Rate and time left after ``done`` runs since the start, with ``left`` to go."""
     if not done or elapsed_s <= 0:
         return "time left: after the first run"
     per_run_s = elapsed_s / done
