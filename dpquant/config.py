@@ -218,7 +218,7 @@ def load_config(
     Args:
         path: a YAML file, or the name of a shipped configuration.
         overrides: key path -> value, put in the file's place before anything is checked; None removes the key.
-        origins: file and line that an override comes from, for errors; default: the command line.
+        origins: file and line that an override comes from, for errors; default: none, as on the command line.
 
     Raises:
         InputError: no such file, or every problem in it, each with file and line.
@@ -272,7 +272,7 @@ def _overridden(
     wrong = []
     for key, value in overrides.items():
         section: Any = data
-        file, line = origins.get(key, ("command line", 0))
+        file, line = origins.get(key, ("", 0))
         for depth, part in enumerate(key[:-1], start=1):
             if part not in section:
                 lines[key[:depth]], files[key[:depth]] = line, file

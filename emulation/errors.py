@@ -24,13 +24,13 @@ class InputError(ValueError):
         self.message, self.hint, self.file, self.line = message, hint, file, line
 
     def __str__(self) -> str:
-        where = "" if self.file is None else f"{self.file}: " if not self.line else f"{self.file}:{self.line}: "
+        where = "" if not self.file else f"{self.file}: " if not self.line else f"{self.file}:{self.line}: "
         return where + self.message
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
     """A hint for a name that is not in ``allowed``: the nearest ones, or all of them where none is near."""
-    names = list(allowed)
+    names = list(dict.fromkeys(allowed))
     near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=3, cutoff=0.6)
     found = [n for n in names if n.lower() in near]
     if found:

@@ -94,7 +94,12 @@ class StepModel:
         return self._lists[format_name]
 
     def plan_formats(self, plan: Mapping[str, str]) -> dict[str, str]:
-        """The plan with canonical format names; raises InputError for a layer that cannot be quantized."""
+        """The plan with canonical format names, without layers in the baseline's own: those are not quantized.
+
+        Raises:
+            InputError: a layer that cannot be quantized, or a format that the chip has no rate for.
+        """
+        baseline = self.profile.rate(get_format(self.options.baseline)).format
         canonical = {fmt: self.profile.rate(get_format(fmt)).format for fmt in set(plan.values())}
         for name in plan:
             if name not in self._quantizable:
@@ -102,7 +107,7 @@ class StepModel:
                     f"layer {name!r} of the plan is not quantizable",
                     hint=suggestion(name, self.workload.quantizable) if self.workload.quantizable else None,
                 )
-        return {name: canonical[fmt] for name, fmt in plan.items()}
+        return {name: canonical[fmt] for name, fmt in plan.items() if canonical[fmt] != baseline}
 
     def mixed(self, plan: Mapping[str, str]) -> PriceList:
         """The columns of a plan with canonical names, put together from the price lists."""

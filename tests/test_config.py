@@ -110,9 +110,9 @@ def test_overrides_take_the_files_place(tmp_path: Path) -> None:
     assert config["seed"] == 3
 
 
-def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path: Path) -> None:
+def test_a_wrong_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     error = refused(tmp_path, MINIMAL, {("schedule", "scheduler"): "plz"})
-    assert str(error) == "command line: schedule.scheduler='plz' is unknown"
+    assert str(error) == "schedule.scheduler='plz' is unknown"
 
 
 def test_the_schema_knows_every_section() -> None:

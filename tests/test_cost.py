@@ -476,3 +476,12 @@ def test_casts_of_an_eager_framework_by_hand() -> None:
     close(once.phases["quantization"], (x + g + w) * (2 + 2 + 1) / 1e6)  # largest value; read; written
     turned = estimate(workload, {"0": "fp8"}, chip, method="sgd", basis="peak", framework="eager")
     close(turned.phases["quantization"], ((x + g + w) * (2 + 2 + 1) + x * (1 + 1)) / 1e6)  # the codes of x, transposed
+
+
+def test_a_layer_in_the_baseline_format_is_not_quantized() -> None:
+    work = trace(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), torch.zeros(1, 64), 32)
+    for name in ("a100", "b200"):
+        profile = load_profile(name)
+        same = estimate(work, dict.fromkeys(work.quantizable, "bf16"), profile)
+        assert same.speedup == 1.0
+        assert same.step_s == estimate(work, {}, profile).step_s
