@@ -201,27 +201,35 @@ def _command(*words: object) -> subprocess.Popen[bytes]:
 
 
 def killed_runs_end_the_same(tmp_path: Path, expected: Path, moments: int, seed: int) -> None:
-    """Kills one run after another at random moments of its training, resuming it each time."""
+    """Kills runs at random moments after their training began, resuming each until it ends by itself."""
     config = write(tmp_path)
     chosen = random.Random(seed)
-    kills, run = 0, 0
+    kills = run = 0
     while kills < moments:
         folder = tmp_path / f"run{run}"
         run += 1
-        process = _command("train", config, "--out", folder)
-        while process.poll() is None and kills < moments:
-            while process.poll() is None and not (folder / "checkpoint.pt").exists():
-                time.sleep(0.01)
+        process, written = _command("train", config, "--out", folder), 0
+        while kills < moments:
+            while process.poll() is None and _written(folder) == written:
+                time.sleep(0.005)  # training begins with a checkpoint: what comes before has nothing to lose
             time.sleep(chosen.uniform(0, 1.5))
             if process.poll() is not None:
                 break
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            process = _command("train", "--resume", folder)
-            time.sleep(chosen.uniform(2, 4))  # start-up: the interesting moments come after it
+            process, written = _command("train", "--resume", folder), _written(folder)
         assert process.wait() == 0
         assert same(state(folder), state(expected))
+    print(f"{kills} kills in {run} runs")
+
+
+def _written(folder: Path) -> int:
+    """When the newest checkpoint was written; 0 before there is one."""
+    try:
+        return (folder / "checkpoint.pt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def test_a_run_killed_at_any_moment_ends_the_same(tmp_path: Path, undisturbed: Path) -> None:
