@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,17 +16,19 @@ from dpquant import analysis as analyses
 from dpquant import clipping as clip
 from dpquant import privacy, schedule, sensitivity
 from dpquant.distributed import ALONE, Processes
+from dpquant.modelled import ModelledRun
+from dpquant.public_numbers import public_numbers
 from dpquant.released import ReleasedMoments, observe
 from dpquant.sampling import PoissonSampler, poisson_draw, private_loader
+from dpquant.spending import AccountedOptimizer, Spending, arithmetic
 from dpquant.streams import fresh_root, stream, stream_seed
 from emulation import layers
 from emulation.errors import InputError, suggestion
 from hwmodels import cost, planner
 from hwmodels.profile import Basis, HardwareProfile, load_profile
-from hwmodels.workload import Workload, trace
+from hwmodels.workload import trace
 
 ACCUMULATIONS = ("float32", "hardware")
-_log = logging.getLogger("dpquant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +52,6 @@ class Epoch:
     sensitivities: Mapping[str, float] | None
     analysed: bool
     analysis_wall_s: float = 0.0
-
-
-class _AccountedOptimizer(clip.PrivateOptimizer):
-    """The clipping optimizer that tells its engine of a step before the step's noise is drawn.
-
-    On several processes the noise is part of what the first one gives to the sum: it exists once, and not before the
-    step is in the ledger.
-    """
-
-    before_noise: Callable[[], torch.Generator]
-    processes: Processes
-    noise_multiplier: float
-
-    def add_noise(self) -> None:
-        self.generator = self.before_noise()
-        multiplier = self.noise_multiplier
-        try:
-            if not self.processes.first:
-                self.noise_multiplier = 0.0
-            super().add_noise()
-        finally:
-            self.noise_multiplier = multiplier
-        for p, total in zip(self.params, self.processes.sum([p.grad for p in self.params]), strict=True):
-            p.grad = total
 
 
 class DPQuantEngine:
@@ -145,9 +122,7 @@ class DPQuantEngine:
         self.processes = processes
         root = root if root is not None else fresh_root() if seed is None else stream_seed(seed, "root")
         self._root = processes.broadcast(root)
-        self.ledger = privacy.PrivacyLedger()
-        self._append: Callable[[privacy.PrivacyEvent], object] = lambda event: None
-        self._written_ahead: dict[str, int] = {}
+        self.spending = Spending()
         self._same_arithmetic = True
         self.step = self.epoch = 0
         self.sensitivities: dict[str, float] | None = None
@@ -199,13 +174,19 @@ class DPQuantEngine:
         """
         if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise InputError(f"max_grad_norm={max_grad_norm} must be above 0")
-        self._plan_privacy(data_loader, sample_rate, expected_batch_size, epochs, target_delta)
+        numbers = public_numbers(
+            data_loader, sample_rate=sample_rate, expected_batch_size=expected_batch_size, epochs=epochs
+        )
+        self.sample_rate, self.expected_batch_size = numbers.sample_rate, numbers.expected_batch_size
+        self.epochs_planned, self.steps_per_epoch = epochs, numbers.steps_per_epoch
+        self.dataset_size, self.delta = numbers.dataset_size, target_delta
+        self.analyses_planned = sum(self._due(epoch) for epoch in range(epochs))
         self._plan_hardware(module, data_loader, clipping)
         self._plan_noise(target_epsilon, noise_multiplier)
         private = clip.private_module(layers.quantize_model(module, self.format, unit=self._unit), clipping=clipping)
         self._module = module
         self._criterion = clip.private_criterion(criterion)
-        self._optimizer = _AccountedOptimizer(
+        self._optimizer = AccountedOptimizer(
             optimizer,
             noise_multiplier=self.noise_multiplier,
             max_grad_norm=max_grad_norm,
@@ -238,47 +219,22 @@ class DPQuantEngine:
         )
         return private, self._optimizer, self._criterion, self._loader
 
-    def _plan_privacy(
-        self,
-        loader: DataLoader[Any],
-        sample_rate: float | None,
-        expected_batch_size: int | None,
-        epochs: int,
-        target_delta: float,
-    ) -> None:
-        """Fixes the public numbers: sample rate, divisor, steps, delta."""
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        batch_size = expected_batch_size or loader.batch_size
-        if batch_size is None:
-            raise InputError("the loader has no batch_size", hint="give expected_batch_size and sample_rate")
-        if sample_rate is None:
-            if batch_size > size:
-                raise InputError(
-                    f"batch_size={batch_size} is larger than the data ({size} examples)", hint=f"at most {size}"
-                )
-            sample_rate = batch_size / size
-            _log.warning(
-                "sample_rate=%.6g from the number of examples (%d), which thereby becomes public; "
-                "give sample_rate to keep it private",
-                sample_rate,
-                size,
-            )
-        if not 0 < sample_rate <= 1:
-            raise InputError(f"sample_rate={sample_rate} must be above 0 and at most 1")
-        if isinstance(epochs, bool) or epochs < 1:
-            raise InputError(f"epochs={epochs} must be at least 1")
-        self.sample_rate, self.expected_batch_size, self.epochs_planned = sample_rate, batch_size, epochs
-        self.steps_per_epoch = max(1, round(1 / sample_rate))
-        self.delta = target_delta
-        self.dataset_size = round(expected_batch_size / sample_rate) if expected_batch_size else size
-        self.analyses_planned = sum(self._due(epoch) for epoch in range(epochs))
-
     def _plan_hardware(self, module: nn.Module, loader: DataLoader[Any], clipping: str) -> None:
         """Models the workload and refuses a target that no plan can meet."""
         example = loader.dataset[0][0]
-        self.workload: Workload = trace(module, example.unsqueeze(0), self.expected_batch_size)
-        self._cost: dict[str, Any] = {"method": "dp-sgd", "clipping": clipping}
-        self.reach = self.reach_on(self.basis)
+        self.modelled = ModelledRun(
+            workload=trace(module, example.unsqueeze(0), self.expected_batch_size),
+            profile=self.profile,
+            format=self.format,
+            basis=self.basis,
+            clipping=clipping,
+            analysis=self.analysis,
+            analyses=self.analyses_planned,
+            expected_batch_size=self.expected_batch_size,
+            steps=self.epochs_planned * self.steps_per_epoch,
+        )
+        self.workload = self.modelled.workload
+        self.reach = self.modelled.reach()
         target = self.target_speedup
         if target is not None and self.scheduler != "full" and target > self.reach.max_speedup:
             raise InputError(
@@ -286,24 +242,6 @@ class DPQuantEngine:
                 f"at most {self.reach.max_speedup:.2f}x",
                 hint=f"lower the target, or compare chips and formats with `dpquant estimate` ({self.basis} basis)",
             )
-
-    def reach_on(self, basis: Basis) -> planner.Reach:
-        """The most that quantizing any set of layers can reach, on one basis."""
-        seconds = self._analysis_s_per_step(basis)
-        return planner.reach(
-            self.workload, self.profile, self.format, analysis_s_per_step=seconds, basis=basis, **self._cost
-        )
-
-    def _analysis_s_per_step(self, basis: Basis) -> float:
-        """Modelled seconds of the planned analyses, spread over all steps."""
-        if not self._due(0):
-            return 0.0
-        policies, expected = len(self.workload.quantizable), self.analysis.expected_batch_size
-        seconds = planner.analysis_seconds(self.workload, self.profile, policies, expected, basis=basis)
-        if self.analysis.probe == "training":
-            share = expected / self.expected_batch_size
-            seconds += (policies + 1) * self.analysis.probe_steps * share * self.estimate({}, basis).step_s
-        return seconds * self.analyses_planned / (self.epochs_planned * self.steps_per_epoch)
 
     def _plan_noise(self, target_epsilon: float | None, noise_multiplier: float | None) -> None:
         """Solves for the noise of training with every planned analysis composed in."""
@@ -358,13 +296,16 @@ class DPQuantEngine:
 
     def estimate(self, plan: Mapping[str, str], basis: Basis | None = None) -> cost.Estimate:
         """Modelled time, energy and memory of one step under ``plan``, analyses not included."""
-        return cost.estimate(self.workload, plan, self.profile, basis=basis or self.basis, **self._cost)
+        return self.modelled.estimate(plan, basis)
 
     def speedup(self, plan: Mapping[str, str], basis: Basis | None = None) -> float:
         """Modelled speedup of ``plan`` over full precision, the analyses' time spread over all steps."""
-        basis = basis or self.basis
-        planned_s = self.estimate(plan, basis).step_s + self._analysis_s_per_step(basis)
-        return self.estimate({}, basis).step_s / planned_s
+        return self.modelled.speedup(plan, basis)
+
+    @property
+    def ledger(self) -> privacy.PrivacyLedger:
+        """Everything spent so far, in order."""
+        return self.spending.ledger
 
     def epsilon(self, delta: float | None = None) -> float:
         """Epsilon of everything spent so far, analyses included, at ``delta`` (default: the target's)."""
@@ -386,16 +327,7 @@ class DPQuantEngine:
             chosen = planner.fraction(order, self.format, self.fraction)
         else:
             assert self.target_speedup is not None
-            chosen = planner.fill(
-                self.workload,
-                self.profile,
-                order,
-                self.format,
-                self.target_speedup,
-                analysis_s_per_step=self._analysis_s_per_step(self.basis),
-                basis=self.basis,
-                **self._cost,
-            )
+            chosen = self.modelled.fill(order, self.target_speedup)
         # by the name that was asked for: a preset says more than the format it is timed as
         return planner.PrecisionPlan(formats=dict.fromkeys(chosen, self.format))
 
@@ -420,7 +352,7 @@ class DPQuantEngine:
         self._probed = self.sensitivities = state["sensitivities"]
         moments = state.get("moments")
         self._moments = None if moments is None else ReleasedMoments(**moments)
-        self.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
+        self.spending.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
         self._same_arithmetic = state.get("arithmetic") == self._arithmetic()
         self.last_step = state.get("last_step", self.last_step)
 
@@ -434,17 +366,10 @@ class DPQuantEngine:
                 written by, repeated steps are counted again. A checkpoint is then to be written before the first step.
             append: puts one event on record.
         """
-        self._append = append
-        if not self._repeats_to_the_bit():
-            self.ledger = written
+        repeats = self._repeats_to_the_bit()
+        self.spending.write_ahead(written, append, repeats_to_the_bit=repeats)
+        if not repeats:
             self._stop_within_budget()
-            return
-        ahead = {m: written.steps(m) - self.ledger.steps(m) for m in ("training", "analysis")}
-        if min(ahead.values()) < 0:
-            raise InputError(
-                "the ledger holds less than the checkpoint says was spent", hint="do they belong together?"
-            )
-        self._written_ahead = ahead
 
     # --- details
 
@@ -456,11 +381,7 @@ class DPQuantEngine:
         return self._same_arithmetic and self._arithmetic() is not None
 
     def _arithmetic(self) -> str | None:
-        """What the order of additions depends on; None where it differs from run to run."""
-        if next(self._module.parameters()).device.type != "cpu":
-            return None
-        threads, width = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-        return f"torch {torch.__version__}, {width}, {threads} threads, {self.processes.size} processes"
+        return arithmetic(next(self._module.parameters()).device, self.processes.size)
 
     def _stop_within_budget(self) -> None:
         """Moves the last step to where the target is spent, if steps were counted twice; due analyses stay paid for."""
@@ -488,18 +409,10 @@ class DPQuantEngine:
         """What ``times`` analyses spend."""
         return self.analysis.event(self.dataset_size, times)
 
-    def _spend(self, event: privacy.PrivacyEvent) -> None:
-        """Puts ``event`` into the ledger, before any of its noise exists."""
-        if self._written_ahead.get(event.mechanism, 0) > 0:
-            self._written_ahead[event.mechanism] -= 1
-        else:
-            self._append(event)
-        self.ledger = self.ledger.record(event)
-
     def _before_noise(self) -> torch.Generator:
         if self.step >= self.last_step:
             raise RuntimeError(f"all {self.step} planned steps are taken: a further one would exceed the budget")
-        self._spend(self._training_event(1))
+        self.spending.spend(self._training_event(1))
         generator = stream(self._root, "noise", self.step, device=next(self._module.parameters()).device)
         self.step += 1
         return generator
@@ -517,7 +430,7 @@ class DPQuantEngine:
         event = self.analysis_event(1)
         sampling = stream(self._root, "analysis-sampling", self.epoch)
         chosen = poisson_draw(self._examples, event.sample_rate, sampling)
-        self._spend(event)
+        self.spending.spend(event)
         released = analyses.probe(
             self._module,
             self._losses,

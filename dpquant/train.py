@@ -281,7 +281,7 @@ def _facts(config: RunConfig, engine: DPQuantEngine, model: nn.Module) -> RunFac
         target_speedup=engine.target_speedup,
         fraction=engine.fraction,
         max_speedup=engine.reach.max_speedup,
-        max_speedup_calibrated=engine.reach_on("calibrated").max_speedup if calibrated else None,
+        max_speedup_calibrated=engine.modelled.reach("calibrated").max_speedup if calibrated else None,
         epochs=engine.epochs_planned,
         steps=engine.epochs_planned * engine.steps_per_epoch,
         expected_batch_size=engine.expected_batch_size,

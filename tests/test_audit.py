@@ -7,8 +7,8 @@ from torch import nn
 
 from dpquant import analysis, audit, clipping, models, sensitivity
 from dpquant.config import load_config
-from dpquant.engine import DPQuantEngine
 from dpquant.privacy import PrivacyEvent
+from dpquant.spending import Spending
 from emulation import layers
 from emulation.errors import InputError
 from emulation.layers import PRESETS, LayerPrecision, quantizable_layers
@@ -158,9 +158,9 @@ def test_a_mean_loss_with_a_fixed_grid_is_caught(config, monkeypatch):
 
 
 def test_an_unrecorded_analysis_is_caught(config, monkeypatch):
-    spend = DPQuantEngine._spend
+    spend = Spending.spend
     monkeypatch.setattr(
-        DPQuantEngine, "_spend", lambda self, event: spend(self, event) if event.mechanism == "training" else None
+        Spending, "spend", lambda self, event: spend(self, event) if event.mechanism == "training" else None
     )
     found = audited(audit.pair(config(), "analysis", "outlier", examples=EXAMPLES, seed=0))
     assert found.epsilon_claimed == 0

@@ -303,7 +303,7 @@ def _refused_by_the_ledger() -> tuple[str, bool]:
             raise OSError("disk full")
 
         if processes.first:
-            engine._append = full
+            engine.spending._append = full
         before = _flat(module)
         next(engine.epochs())
         x, y = next(iter(loader))
@@ -333,7 +333,7 @@ def test_steps_repeated_by_another_arithmetic_count_again_and_the_end_that_they_
         return made
 
     first = engine()
-    first._spend(first._training_event(first.steps_per_epoch))
+    first.spending.spend(first._training_event(first.steps_per_epoch))
     state = first.state(1)
     written = first.ledger.record(first._training_event(2))  # two steps into the second epoch it was stopped
     repeating = engine(state)

@@ -1,0 +1,91 @@
+"""A run's ledger while it trains, stops and goes on: every release is on record before its noise exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dpquant.clipping import PrivateOptimizer
+from dpquant.distributed import Processes
+from dpquant.privacy import PrivacyEvent, PrivacyLedger
+from emulation.errors import InputError
+
+
+class Spending:
+    """What a run has spent, and what its record on disk holds beyond that.
+
+    Attributes:
+        ledger: everything spent so far, in order.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = PrivacyLedger()
+        self._append: Callable[[PrivacyEvent], object] = lambda event: None
+        self._ahead: dict[str, int] = {}
+
+    def spend(self, event: PrivacyEvent) -> None:
+        """Puts ``event`` into the ledger, before any of its noise exists."""
+        if self._ahead.get(event.mechanism, 0) > 0:
+            self._ahead[event.mechanism] -= 1
+        else:
+            self._append(event)
+        self.ledger = self.ledger.record(event)
+
+    def write_ahead(
+        self, written: PrivacyLedger, append: Callable[[PrivacyEvent], object], *, repeats_to_the_bit: bool
+    ) -> None:
+        """Has every event from here on recorded by ``append`` first.
+
+        Args:
+            written: what the record holds already; where it is ahead, a run was stopped between.
+            append: puts one event on record.
+            repeats_to_the_bit: whether what was recorded and will be repeated releases the same bits again, and so
+                counts once; otherwise all that is written counts, and what is repeated counts again.
+
+        Raises:
+            InputError: the record holds less than was spent.
+        """
+        self._append = append
+        if not repeats_to_the_bit:
+            self.ledger = written
+            return
+        ahead = {m: written.steps(m) - self.ledger.steps(m) for m in ("training", "analysis")}
+        if min(ahead.values()) < 0:
+            raise InputError(
+                "the ledger holds less than the checkpoint says was spent", hint="do they belong together?"
+            )
+        self._ahead = ahead
+
+
+class AccountedOptimizer(PrivateOptimizer):
+    """The clipping optimizer that tells its engine of a step before the step's noise is drawn.
+
+    On several processes the noise is part of what the first one gives to the sum: it exists once, and not before the
+    step is in the ledger.
+    """
+
+    before_noise: Callable[[], torch.Generator]
+    processes: Processes
+    noise_multiplier: float
+
+    def add_noise(self) -> None:
+        """Records the step, then draws its noise, then adds up what the processes have."""
+        self.generator = self.before_noise()
+        multiplier = self.noise_multiplier
+        try:
+            if not self.processes.first:
+                self.noise_multiplier = 0.0
+            super().add_noise()
+        finally:
+            self.noise_multiplier = multiplier
+        for p, total in zip(self.params, self.processes.sum([p.grad for p in self.params]), strict=True):
+            p.grad = total
+
+
+def arithmetic(device: torch.device, processes: int) -> str | None:
+    """What the order of additions depends on; None where it differs from run to run."""
+    if device.type != "cpu":
+        return None
+    threads, width = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {width}, {threads} threads, {processes} processes"
