@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -60,6 +61,10 @@ class Row:
     examples_per_s: float
     peak_bytes: int | None
     joules: float | None = None
+    precision: str = "float32"
+    host_ms: float | None = None
+    kernels: int | None = None
+    device_ms: float | None = None
 
 
 def plain(module: nn.Module, x: Tensor, y: Tensor) -> Step:
@@ -145,8 +150,10 @@ def cases(formats: list[str], peers: bool) -> dict[str, Callable[[nn.Module, Ten
     return found
 
 
-def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
-    """Every case of one model and batch size, taking turns."""
+def measure(
+    model: str, batch: int, precision: str, args: argparse.Namespace, profiles: list[dict[str, Any]]
+) -> list[Row]:
+    """Every case of one model, batch size and precision, taking turns; appends the kernels of each to ``profiles``."""
     name, options, shape = MODELS[model]
     device = torch.device(args.device)
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +161,8 @@ def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
     y = torch.randint(0, 10, (batch,), generator=generator).to(device)
     if args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x = x.to(dtype)
     steps: dict[str, Step] = {}
     peaks: dict[str, int | None] = {}
@@ -167,13 +175,18 @@ def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             steps.pop(case, None)
             print(f"# {model} {batch} {case}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
-    times: dict[str, list[float]] = {case: [] for case in steps}
+    cuda = device.type == "cuda"
+    times: dict[str, list[tuple[float, float]]] = {case: [] for case in steps}
     started = time.perf_counter()
     while len(times["plain SGD"]) < args.repeats and time.perf_counter() - started < args.seconds:
         for case, step in steps.items():
             times[case].append(_seconds(step, device))
-    medians = {case: statistics.median(t) for case, t in times.items()}
-    energy = {case: _joules(step, device) for case, step in steps.items()} if args.energy else {}
+    medians = {case: statistics.median(seconds for seconds, _ in t) for case, t in times.items()}
+    hosts = {case: statistics.median(host for _, host in t) for case, t in times.items()}
+    energy = {case: _joules(step, device) for case, step in steps.items()} if args.energy and cuda else {}
+    launched = {case: _kernels(step) for case, step in steps.items()} if args.kernels and cuda else {}
+    facts = {"model": model, "batch_size": batch, "precision": precision}
+    profiles += [facts | {"case": case, "kernels": found} for case, found in launched.items()]
     return [
         Row(
             model=model,
@@ -184,23 +197,30 @@ def measure(model: str, batch: int, args: argparse.Namespace) -> list[Row]:
             examples_per_s=batch / m,
             peak_bytes=peaks[case],
             joules=energy.get(case),
+            precision=precision,
+            host_ms=hosts[case] * 1e3 if cuda else None,
+            kernels=sum(count for count, _ in launched[case].values()) if case in launched else None,
+            device_ms=sum(ms for _, ms in launched[case].values()) if case in launched else None,
         )
         for case, m in medians.items()
     ]
 
 
-def _seconds(step: Step, device: torch.device) -> float:
+def _seconds(step: Step, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and those until the host had launched all of it."""
     if device.type != "cuda":
         started = time.perf_counter()
         step()
-        return time.perf_counter() - started
+        return (time.perf_counter() - started,) * 2
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    started = time.perf_counter()
     begin.record()
     step()
+    launched = time.perf_counter() - started
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3, launched
 
 
 def _peak(step: Step, device: torch.device) -> int | None:
@@ -215,17 +235,34 @@ def _peak(step: Step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _joules(step: Step, device: torch.device, seconds: float = 0.7) -> float:
-    """Energy of the board per step, while it is made over and over, after as long a warm-up."""
+def _joules(step: Step, device: torch.device, seconds: float = 0.8) -> float:
+    """Energy of the board per step, made over and over after a warm-up; from tick to tick of a slow counter."""
     meter = power_meter(str(torch.cuda.get_device_properties(device).uuid))
-    before, count = 0.0, 0
-    for lasting in (0.3, seconds):
-        before, count, end = meter.joules(), 0, time.perf_counter() + lasting
-        while time.perf_counter() < end:
+    for lasting in (0.2, seconds):
+        begin, count, ticks = time.perf_counter(), 0, [(0.0, meter.joules())]
+        while (now := time.perf_counter() - begin) < lasting:
             step()
             torch.cuda.synchronize()
             count += 1
-    return (meter.joules() - before) / count
+            if (joules := meter.joules()) != ticks[-1][1]:
+                ticks.append((time.perf_counter() - begin, joules))
+        ticks = ticks[1:] if len(ticks) > 2 else [*ticks, (now, meter.joules())]
+    watts = (ticks[-1][1] - ticks[0][1]) / (ticks[-1][0] - ticks[0][0])
+    return watts * (time.perf_counter() - begin) / count
+
+
+def _kernels(step: Step) -> dict[str, tuple[int, float]]:
+    """What a step runs on the device: name -> how often, and milliseconds of all together."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in seen.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, ms = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, ms + event.time_range.elapsed_us() / 1e3
+    return found
 
 
 def keep_freed_memory() -> bool:
@@ -243,10 +280,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["digits", "fashion", "resnet18-imagenet"], choices=MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
     parser.add_argument("--formats", nargs="*", default=["luq_fp4", "fp8"], choices=FORMATS)
-    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--energy", action="store_true", help="also joules per step of the board (CUDA)")
+    parser.add_argument("--kernels", help="JSON file: every kernel that a step launches, and its time (CUDA)")
     parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20)
@@ -255,23 +293,20 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Full backward hook")
     kept = args.allocator == "kept" and keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.precision}, kept: {kept}")
-    rows = []
-    for model in args.models:
-        for batch in args.batch_sizes:
-            found = measure(model, batch, args)
-            rows += found
-            print(f"\n{model}, batch {batch}")
-            for r in found:
-                peak = "" if r.peak_bytes is None else f" {r.peak_bytes / 2**20:9.0f} MiB"
-                peak += "" if r.joules is None else f" {r.joules:8.2f} J"
-                print(
-                    f"  {r.case:28s} {r.median_ms:10.2f} ms {r.ratio:6.2f}x {r.examples_per_s:10.0f}/s{peak}",
-                    flush=True,
-                )
+    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, kept: {kept}")
+    rows: list[Row] = []
+    profiles: list[dict[str, Any]] = []
+    for model, precision, batch in product(args.models, args.precision, args.batch_sizes):
+        found = measure(model, batch, precision, args, profiles)
+        rows += found
+        print(f"\n{model}, {precision}, batch {batch}")
+        for r in found:
+            peak = "" if r.peak_bytes is None else f" {r.peak_bytes / 2**20:9.0f} MiB"
+            peak += "" if r.joules is None else f" {r.joules:8.2f} J"
+            peak += "" if r.device_ms is None else f" {r.device_ms:9.2f} ms in {r.kernels} kernels"
+            print(f"  {r.case:28s} {r.median_ms:10.2f} ms {r.ratio:6.2f}x {r.examples_per_s:10.0f}/s{peak}", flush=True)
     print(
         f"\npeak resident memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
     )
@@ -279,6 +314,9 @@ def main() -> None:
         with open(args.out, "w") as stream:
             facts = {"machine": machine, "torch": torch.__version__, "arguments": vars(args)}
             json.dump(facts | {"rows": [asdict(r) for r in rows]}, stream, indent=1)
+    if args.kernels:
+        with open(args.kernels, "w") as stream:
+            json.dump(profiles, stream)
 
 
 if __name__ == "__main__":
