@@ -37,6 +37,7 @@ class _Unquantized:
     """A step's footprint with nothing quantized, and what each quantizable layer would change about it."""
 
     footprint: Footprint
+    parts: Mapping[str, Footprint]
     inputs: Mapping[str, int]  # elements per example that the layer keeps in its format
     outputs: Mapping[str, float]  # elements per example of the output gradients that book-keeping keeps
     alone: tuple[tuple[frozenset[str], int], ...]  # saved tensors that only quantizable layers read
@@ -54,10 +55,7 @@ def footprint(workload: Workload, formats: Mapping[str, str], options: StepOptio
         formats: layer -> canonical format of the layers that are quantized.
         options: how the step is done.
     """
-    key = ("footprint", options)
-    if key not in workload.memo:
-        workload.memo[key] = _unquantized(workload, options)
-    plain: _Unquantized = workload.memo[key]
+    plain = _plain(workload, options)
     width, codes = stored_bytes(options.baseline), {name: stored_bytes(name) for name in set(formats.values())}
     per_example = plain.footprint.example_bytes
     for name, format_name in formats.items():
@@ -67,30 +65,67 @@ def footprint(workload: Workload, formats: Mapping[str, str], options: StepOptio
     return Footprint(fixed_bytes=plain.footprint.fixed_bytes, example_bytes=per_example)
 
 
+def memory_parts(workload: Workload, formats: Mapping[str, str], options: StepOptions) -> dict[str, float]:
+    """What the step's fullest moment consists of, in bytes; the parts add up to ``peak_memory_bytes`` (but rounding).
+
+    ``weights`` (with their copy in the baseline format), ``gradients`` (their sum), ``optimizer``, ``noise``,
+    ``activations`` (kept in the baseline format for the backward pass), ``quantized_inputs`` (kept as codes instead),
+    ``output_gradients`` (kept by book-keeping), ``example_gradients`` (a weight gradient per example), ``norms`` (the
+    largest layer's norms at work).
+    """
+    plain = _plain(workload, options)
+    examples = options.passes(workload.batch_size)[1]
+    width, codes = stored_bytes(options.baseline), {name: stored_bytes(name) for name in set(formats.values())}
+    parts = {name: part.fixed_bytes + part.example_bytes * examples for name, part in plain.parts.items()}
+    parts["quantized_inputs"] = examples * sum(plain.inputs[n] * codes[f] for n, f in formats.items())
+    parts["output_gradients"] += examples * sum(plain.outputs[n] * (codes[f] - width) for n, f in formats.items())
+    parts["activations"] -= examples * width * sum(n for layers, n in plain.alone if layers <= formats.keys())
+    return parts
+
+
 def peak_memory_bytes(workload: Workload, formats: Mapping[str, str], options: StepOptions) -> int:
     """Bytes held at the step's fullest moment; see ``footprint``."""
     return footprint(workload, formats, options).at(options.passes(workload.batch_size)[1])
 
 
+def _plain(workload: Workload, options: StepOptions) -> _Unquantized:
+    key = ("footprint", options)
+    if key not in workload.memo:
+        workload.memo[key] = _unquantized(workload, options)
+    found: _Unquantized = workload.memo[key]
+    return found
+
+
 def _unquantized(workload: Workload, options: StepOptions) -> _Unquantized:
     width = stored_bytes(options.baseline)
     quantizable = frozenset(workload.quantizable)
-    states = OPTIMIZER_STATES[options.optimizer]
-    fixed: float = workload.parameters * GRADIENT_BYTES * (2 + states) + workload.frozen_parameters * GRADIENT_BYTES
-    if width < GRADIENT_BYTES:
-        fixed += (workload.parameters + workload.frozen_parameters) * width
-    per_example = width * sum(saved.elements for saved in workload.saved if saved.batched)
-    fixed += width * sum(saved.elements for saved in workload.saved if not saved.batched)
+    weight_bytes = GRADIENT_BYTES + (width if width < GRADIENT_BYTES else 0)
+    gradient_bytes = workload.parameters * GRADIENT_BYTES
     outputs = {layer.name: _kept_outputs(layer, options) for layer in workload.layers}
+    kept = norms = 0.0
     if options.private:
-        if options.eager:  # the noise of all parameters before it is added
-            fixed += workload.parameters * GRADIENT_BYTES
-        per_example += max((_norm_workspace(layer, options) for layer in workload.layers), default=0.0)
-        per_example += width * sum(outputs.values()) + GRADIENT_BYTES * sum(
-            _kept_gradients(layer, options) for layer in workload.layers
-        )
+        kept = GRADIENT_BYTES * sum(_kept_gradients(layer, options) for layer in workload.layers)
+        norms = max((_norm_workspace(layer, options) for layer in workload.layers), default=0.0)
+    amounts = {  # fixed, per example
+        "weights": ((workload.parameters + workload.frozen_parameters) * weight_bytes, 0.0),
+        "gradients": (gradient_bytes, 0.0),
+        "optimizer": (gradient_bytes * OPTIMIZER_STATES[options.optimizer], 0.0),
+        "noise": (gradient_bytes * (options.private and options.eager), 0.0),  # of all parameters before it is added
+        "activations": (
+            width * sum(saved.elements for saved in workload.saved if not saved.batched),
+            width * sum(saved.elements for saved in workload.saved if saved.batched),
+        ),
+        "output_gradients": (0.0, width * sum(outputs.values())),
+        "example_gradients": (0.0, kept),
+        "norms": (0.0, norms),
+    }
+    parts = {name: Footprint(fixed_bytes=fixed, example_bytes=each) for name, (fixed, each) in amounts.items()}
     return _Unquantized(
-        footprint=Footprint(fixed_bytes=fixed, example_bytes=per_example),
+        footprint=Footprint(
+            fixed_bytes=sum(part.fixed_bytes for part in parts.values()),
+            example_bytes=sum(part.example_bytes for part in parts.values()),
+        ),
+        parts=parts,
         inputs={name: sum(p.input_elements for p in workload.by_name[name].products) for name in quantizable},
         outputs={name: outputs[name] for name in quantizable},
         alone=tuple(
