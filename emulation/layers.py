@@ -35,14 +35,47 @@ __all__ = [
 ]
 
 
+class KeyTable:
+    """The rounding keys of one batch: of all layers at once, a role at a time, when a stochastic quantizer first asks.
+
+    Args:
+        seed, step, example_ids: what the keys are functions of, as for :func:`set_rounding`.
+        layers: number of layers.
+    """
+
+    def __init__(self, seed: int, step: int, example_ids: Tensor, layers: int) -> None:
+        self.seed, self.step, self.example_ids = seed, step, example_ids
+        self._layers = layers
+        self._rows: dict[int, Tensor] = {}
+
+    def row(self, layer: int, role: int, device: torch.device) -> Tensor:
+        """One layer's keys, [B]."""
+        if role not in self._rows:
+            self._rows[role] = self._derived(role, device)
+        return self._rows[role][layer]
+
+    def refresh(self, seed: int, step: int, example_ids: Tensor) -> None:
+        """Puts the keys of another batch of the same size where those of this one are, for whoever reads them there."""
+        self.seed, self.step, self.example_ids = seed, step, example_ids
+        for role, rows in self._rows.items():
+            rows.copy_(self._derived(role, rows.device))
+
+    def _derived(self, role: int, device: torch.device) -> Tensor:
+        layers = torch.arange(self._layers, device=device).unsqueeze(1)
+        return derive_keys(self.seed, self.step, layers, role, self.example_ids.to(device))
+
+
 @dataclass(frozen=True)
 class Draw:
-    """Where the random bits of one forward and its backward come from: (seed, step), and who the examples are."""
+    """Where the random bits of one forward and its backward come from: a seed and step, and the examples' keys.
+
+    Without a table the bits go by position: they are secret.
+    """
 
     seed: int
-    step: int
-    example_ids: Tensor | None
-    by_position: bool
+    step: int = 0
+    table: KeyTable | None = None
+    by_position: bool = False
 
 
 class RoundingKeys:
@@ -54,13 +87,13 @@ class RoundingKeys:
     def __init__(self) -> None:
         self.seed: int | None = None
         self.step = 0
-        self.example_ids: Tensor | None = None
+        self.table: KeyTable | None = None
 
     def draw(self) -> Draw:
         """The source of bits for one use of one layer."""
         if self.seed is None:
-            return Draw(secrets.randbits(63), 0, None, by_position=True)
-        return Draw(self.seed, self.step, self.example_ids, by_position=False)
+            return Draw(secrets.randbits(63), by_position=True)
+        return Draw(self.seed, self.step, self.table)
 
 
 def set_rounding(module: nn.Module, *, seed: int | None, step: int = 0, example_ids: Tensor | None = None) -> None:
@@ -76,9 +109,12 @@ def set_rounding(module: nn.Module, *, seed: int | None, step: int = 0, example_
         step: of training, so that bits differ between steps.
         example_ids: integers [B], each example's identity in the data set, in the order of the batch.
     """
-    for layer in quantizable_layers(module).values():
-        keys = layer.rounding
-        keys.seed, keys.step, keys.example_ids = seed, step, example_ids
+    present = quantizable_layers(module).values()
+    table = None
+    if seed is not None and example_ids is not None and present:
+        table = KeyTable(seed, step, example_ids, 1 + max(layer.index for layer in present))
+    for layer in present:
+        layer.rounding.seed, layer.rounding.step, layer.rounding.table = seed, step, table
 
 
 class _Keys:
@@ -93,19 +129,18 @@ class _Keys:
         draw, count = self.draw, tensor.shape[0]
         if draw.by_position or role in WEIGHT_ROLES:
             ids = torch.arange(count, device=tensor.device)
-        elif draw.example_ids is None:
+            return derive_keys(draw.seed, draw.step, self.layer.index, role, ids)
+        if draw.table is None:
             raise InputError(
                 "stochastic rounding has a seed but no example ids",
                 hint="set_rounding(module, seed=..., example_ids=ids of the batch), or seed=None for secret bits",
             )
-        else:
-            ids = draw.example_ids.to(tensor.device)
-            if ids.shape != (count,):
-                raise InputError(
-                    f"example_ids has shape {tuple(ids.shape)} and the batch has {count} examples",
-                    hint="call set_rounding with the ids of this very batch",
-                )
-        return derive_keys(draw.seed, draw.step, self.layer.index, role, ids)
+        if draw.table.example_ids.shape != (count,):
+            raise InputError(
+                f"example_ids has shape {tuple(draw.table.example_ids.shape)} and the batch has {count} examples",
+                hint="call set_rounding with the ids of this very batch",
+            )
+        return draw.table.row(self.layer.index, role, tensor.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,16 +36,30 @@ def derive_keys(seed: int, *labels: int | Tensor) -> Tensor:
         by chained SplitMix64 finalizers: the order of the labels counts.
     """
     device = next((label.device for label in labels if isinstance(label, Tensor)), torch.device("cpu"))
-    key = torch.tensor(_signed(seed, 64), dtype=torch.int64, device=device)
+    key: int | Tensor = seed  # numbers are mixed on the host, up to the first tensor
     for label in labels:
         if isinstance(label, Tensor) and (label.is_floating_point() or label.is_complex()):
             raise InputError(f"key label of dtype={label.dtype}", hint="whole numbers are allowed")
-        value = label.to(torch.int64) if isinstance(label, Tensor) else _signed(label, 64)
-        key = _splitmix(key) + value
+        mixed = _splitmix_number(key) if isinstance(key, int) else _splitmix(key)
+        if isinstance(label, Tensor):
+            key = label.to(torch.int64) + (_signed(mixed, 64) if isinstance(mixed, int) else mixed)
+        else:
+            key = mixed + (label if isinstance(mixed, int) else _signed(label, 64))
+    if isinstance(key, int):
+        return torch.tensor(_signed(_splitmix_number(key), 64), dtype=torch.int64, device=device)
     return _splitmix(key)
 
 
+def _splitmix_number(z: int) -> int:
+    """SplitMix64's finalizer of a number taken modulo 2^64."""
+    z = (z + _SPLITMIX_STEP) % (1 << 64)
+    z = (z ^ (z >> 30)) * _SPLITMIX[0] % (1 << 64)
+    z = (z ^ (z >> 27)) * _SPLITMIX[1] % (1 << 64)
+    return z ^ (z >> 31)
+
+
 def _splitmix(z: Tensor) -> Tensor:
+    """The same of an int64 tensor."""
     z = z + _signed(_SPLITMIX_STEP, 64)
     z = _xor_shift(z, 30, 64) * _signed(_SPLITMIX[0], 64)
     z = _xor_shift(z, 27, 64) * _signed(_SPLITMIX[1], 64)

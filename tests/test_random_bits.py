@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from emulation.errors import InputError
 from emulation.random_bits import derive_keys, hash_bits, index_products, key_from
@@ -78,3 +80,13 @@ def test_a_generators_key_is_reproducible_and_advances() -> None:
     assert a != b
     assert key_from(again, CPU) == a
     assert (a.dtype, a.shape) == (torch.int64, ())
+
+
+@given(st.integers(-(2**70), 2**70), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4))
+def test_numbers_and_tensors_of_numbers_give_the_same_keys(seed: int, labels: list[int]) -> None:
+    tensors = [torch.tensor([label]) for label in labels]
+    for split in range(len(labels) + 1):
+        mixed = [*labels[:split], *tensors[split:]]
+        assert derive_keys(seed, *mixed).reshape(-1).tolist() == derive_keys(seed, *labels).reshape(-1).tolist()
+    whole = derive_keys(seed, torch.tensor(0), *labels)  # mixed as tensors from the start
+    assert whole.tolist() == derive_keys(seed, 0, *labels).tolist()
