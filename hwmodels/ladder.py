@@ -1,9 +1,9 @@
-"""Least harm for a target: which layers go into which format of a ladder, given what each costs the loss."""
+"""Ladders of formats, one format a layer: in a drawn order until a target is met, or with the least harm."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,55 @@ class Choice:
     format: str
     saved: float
     harm: float
+
+
+def climb(
+    workload: Workload,
+    profile: HardwareProfile,
+    order: Iterable[tuple[str, str]],
+    target_speedup: float,
+    *,
+    analysis_s_per_step: float = 0.0,
+    objective: Objective = "time",
+    **options: Any,
+) -> PrecisionPlan:
+    """Take (layer, format) choices in the given order until the modelled step meets the target, or none is left.
+
+    A layer that was taken before moves to a later choice where that gains more; a choice that gains nothing is passed
+    over. What the target then turns out not to need is given up again, the last choice first.
+
+    Args:
+        workload: the step.
+        profile: the chip.
+        order: layers with formats (names, aliases or presets), first to last.
+        target_speedup: over the step in full precision without analyses (of energy, where that is the objective).
+        analysis_s_per_step: seconds (joules) of sensitivity analyses, spread over the steps.
+        objective: ``time`` or ``energy``.
+        options: as ``hwmodels.cost.estimate`` takes them.
+
+    Returns:
+        The plan, its formats named as in ``order``.
+    """
+    check_target(target_speedup)
+    model = StepModel(workload, profile, **options)
+    budget = expense(model, {}, objective) / target_speedup - analysis_s_per_step
+    saved: dict[str, dict[str, float]] = {}
+    taken: dict[str, str] = {}
+    timed: dict[str, str] = {}
+    for layer, fmt in order:
+        if expense(model, timed, objective) <= budget:
+            break
+        if fmt not in saved:
+            saved[fmt] = gains(model, format_names(profile, fmt)[0], objective)
+        canonical = model.plan_formats({layer: fmt})
+        if saved[fmt][layer] > (saved[taken[layer]][layer] if layer in taken else 0.0):
+            taken = {name: f for name, f in taken.items() if name != layer} | {layer: fmt}
+            timed |= canonical
+    for layer in reversed(taken):
+        fewer = {name: fmt for name, fmt in timed.items() if name != layer}
+        if expense(model, fewer, objective) <= budget:
+            timed = fewer
+    return PrecisionPlan(formats={name: fmt for name, fmt in taken.items() if name in timed})
 
 
 def cheapest(

@@ -113,3 +113,68 @@ def test_energy_can_be_the_target() -> None:
 def test_bad_input(harm: dict[str, dict[str, float]], target: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ladder.cheapest(traced("resnet18"), TOY, harm, target, basis="peak")
+
+
+# --- choices in a drawn order
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["resnet18", "digits_cnn", "transformer"]),
+    share=st.floats(0, 1),
+    analysis=st.floats(0, 0.05),
+    objective=st.sampled_from(["time", "energy"]),
+    data=st.data(),
+)
+def test_a_climb_meets_its_target_with_nothing_to_spare(
+    name: str, share: float, analysis: float, objective: planner.Objective, data: st.DataObject
+) -> None:
+    workload = traced(name)
+    choices = [(layer, fmt) for layer in workload.quantizable for fmt in ("fp8", "nvfp4")]
+    order = data.draw(st.permutations(choices))
+    model = StepModel(workload, TOY, basis="peak")
+    base = planner.expense(model, {}, objective)
+    extra = {"analysis_s_per_step": analysis * base, "objective": objective, "basis": "peak"}
+    most = planner.reach(workload, TOY, ["fp8", "nvfp4"], **extra).max_speedup
+    target = 1 / (1 + analysis) + share * (most - 1 / (1 + analysis)) * (1 - 1e-9)
+    plan = ladder.climb(workload, TOY, order, target, **extra)
+
+    def speedup(formats: dict[str, str]) -> float:
+        return base / (planner.expense(model, model.plan_formats(formats), objective) + analysis * base)
+
+    assert speedup(dict(plan)) >= target * (1 - 1e-12)
+    assert set(plan.values()) <= {"fp8", "nvfp4"}
+    for layer in plan:
+        assert speedup({name: fmt for name, fmt in plan.items() if name != layer}) < target
+        first = min(choices, key=lambda c: (c[0] != layer, order.index(c)))
+        assert order.index((layer, plan[layer])) >= order.index(first)
+
+
+def test_a_layer_climbs_to_the_format_that_gains_more_and_never_back() -> None:
+    workload = traced("resnet18")
+    names = workload.quantizable
+    up = [(name, fmt) for fmt in ("fp8", "nvfp4") for name in names]
+    best = planner.reach(workload, TOY, ["fp8", "nvfp4"], basis="peak")
+    for order in (up, up[::-1]):
+        assert set(ladder.climb(workload, TOY, order, 100.0, basis="peak")) == set(best.plan)
+        reached = estimate(workload, ladder.climb(workload, TOY, order, 100.0, basis="peak"), TOY, basis="peak").speedup
+        assert reached == pytest.approx(best.max_speedup)
+
+
+def test_one_format_in_order_is_a_fill_less_what_it_turned_out_not_to_need() -> None:
+    workload = traced("resnet18")
+    target = 1 + 0.5 * (planner.reach(workload, TOY, "nvfp4", basis="peak").max_speedup - 1)
+    filled = planner.fill(workload, TOY, workload.quantizable, "nvfp4", target, basis="peak")
+    climbed = ladder.climb(workload, TOY, [(n, "nvfp4") for n in workload.quantizable], target, basis="peak")
+    assert set(climbed) <= set(filled)
+    assert list(filled)[-1] in climbed
+
+
+def test_a_climb_names_formats_as_they_were_given_and_refuses_what_it_does_not_know() -> None:
+    workload = traced("digits_cnn")
+    plan = ladder.climb(workload, TOY, [(n, "e4m3") for n in workload.quantizable], 100.0, basis="peak")
+    assert set(plan.values()) <= {"e4m3"}
+    with pytest.raises(InputError, match="layer 'conv9'"):
+        ladder.climb(workload, TOY, [("conv9", "fp8")], 1.1, basis="peak")
+    with pytest.raises(InputError, match="target_speedup=0"):
+        ladder.climb(workload, TOY, [], 0, basis="peak")
