@@ -12,7 +12,6 @@ memory of a step. `--allocator default` shows what the C library's own settings 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import resource
@@ -31,6 +30,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
+from dpquant.allocator import keep_freed_memory
 from dpquant.clipping import PrivateOptimizer, private_criterion, private_module
 from dpquant.models import build_model
 from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
@@ -263,15 +263,6 @@ def _kernels(step: Step) -> dict[str, tuple[int, float]]:
             count, ms = found.get(event.name, (0, 0.0))
             found[event.name] = count + 1, ms + event.time_range.elapsed_us() / 1e3
     return found
-
-
-def keep_freed_memory() -> bool:
-    """Has glibc keep what tensors free: returning it to the kernel costs more than a step's arithmetic."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return False
-    return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, 2**31 - 1) and libc.mallopt(-2, 64 << 20))
 
 
 def main() -> None:

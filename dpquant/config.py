@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emulation.errors import InputError, suggestion
-from hwmodels.fields import Anything, Field, Fields, Number, Table, Text, json_schema, problems
+from hwmodels.fields import Anything, Field, Fields, Flag, Number, Table, Text, json_schema, problems
 from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
 
 # The order of lookup: beside the package in a checkout, inside it in an install.
@@ -75,6 +75,9 @@ SPECIFICATION = Fields(
                 "accumulate": Text(
                     choices=("float32", "hardware"), doc="hardware: the profile's own matrix units", required=False
                 ),
+                "keep_freed_memory": Flag(
+                    doc="on the CPU: glibc keeps freed memory for the next step, which is faster", required=False
+                ),
             }
         ),
         "privacy": Fields(
@@ -136,9 +139,9 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """Equal for configurations that train the same: name, device, place of the data and defaults left aside."""
+        """Equal for configurations that train the same: name, place of data, device, allocator and defaults aside."""
         decisive = _set({key: value for key, value in self.data.items() if key != "name"}, _DEFAULTS)
-        for section, key in (("training", "device"), ("data", "root")):
+        for section, key in (("training", "device"), ("training", "keep_freed_memory"), ("data", "root")):
             decisive.get(section, {}).pop(key, None)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -183,6 +186,7 @@ _DEFAULTS: dict[str, Any] = {
         "weight_decay": 0.0,
         "clipping": "bookkeeping",
         "accumulate": "float32",
+        "keep_freed_memory": True,
     },
     "privacy": {"target_epsilon": None, "noise_multiplier": None, "accountant": "prv"},
     "analysis": {

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dpquant import allocator, privacy, schedule, sensitivity
 from dpquant import analysis as analyses
 from dpquant import clipping as clip
-from dpquant import privacy, schedule, sensitivity
 from dpquant.distributed import ALONE, Processes
 from dpquant.modelled import ModelledRun
 from dpquant.public_numbers import public_numbers
@@ -71,6 +71,8 @@ class DPQuantEngine:
         accountant: ``prv`` or ``rdp``.
         accumulate: ``float32``, or ``hardware``: quantized GEMMs add as the profile's own matrix units do, bit for bit
             (slow).
+        keep_freed_memory: on the CPU, have glibc keep freed memory for the next step (``dpquant.allocator``): faster,
+            the same numbers; what the process once held it keeps. False leaves the C library alone.
         seed: root of every random stream: equal seeds give equal runs. It must stay secret for the guarantee to hold
             against whoever knows it. None: secret, from the operating system.
         root: the root itself, where a run is continued; instead of ``seed``.
@@ -93,6 +95,7 @@ class DPQuantEngine:
         basis: Basis | None = None,
         accountant: privacy.Accountant = "prv",
         accumulate: str = "float32",
+        keep_freed_memory: bool = True,
         seed: int | None = None,
         root: int | None = None,
         processes: Processes = ALONE,
@@ -119,6 +122,7 @@ class DPQuantEngine:
         self.target_speedup, self.fraction = target_speedup, fraction
         self.analysis = analysis or sensitivity.AnalysisSettings()
         self.accountant = accountant
+        self.keep_freed_memory = keep_freed_memory
         self.processes = processes
         root = root if root is not None else fresh_root() if seed is None else stream_seed(seed, "root")
         self._root = processes.broadcast(root)
@@ -183,6 +187,8 @@ class DPQuantEngine:
         self.analyses_planned = sum(self._due(epoch) for epoch in range(epochs))
         self._plan_hardware(module, data_loader, clipping)
         self._plan_noise(target_epsilon, noise_multiplier)
+        if self.keep_freed_memory and next(module.parameters()).device.type == "cpu":
+            allocator.keep_freed_memory()
         private = clip.private_module(layers.quantize_model(module, self.format, unit=self._unit), clipping=clipping)
         self._module = module
         self._criterion = clip.private_criterion(criterion)

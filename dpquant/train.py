@@ -104,6 +104,7 @@ def prepare(
             analysis=AnalysisSettings(**config["analysis"]),
             accountant=budget["accountant"],
             accumulate=settings["accumulate"],
+            keep_freed_memory=settings["keep_freed_memory"],
             root=root,
             processes=processes,
         )
