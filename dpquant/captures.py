@@ -33,11 +33,13 @@ class Tape:
 
     Attributes:
         contributions: what the layers left.
+        clipped: the clipped sums in their place, where a replayed step has them already.
         batch_size: examples in the last forward of the whole module; None before one.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.contributions: list[Contribution] = []
+        self.clipped: dict[nn.Parameter, Tensor] | None = None
         self.batch_size: int | None = None
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._handles: list[RemovableHandle] = []
@@ -82,6 +84,7 @@ class Tape:
     def clear(self) -> None:
         """Forgets the backward."""
         self.contributions = []
+        self.clipped = None
         self.batch_size = None
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class Tape:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        if self.contributions:
+        if self.contributions or self.clipped is not None:
             raise InputError(
                 "a second forward and backward before optimizer.step()",
                 hint="step (and zero_grad) after every backward; larger batches: BatchMemoryManager",

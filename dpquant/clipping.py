@@ -179,16 +179,10 @@ class PrivateOptimizer(DPOptimizer):
     @torch.no_grad()
     def clip_and_accumulate(self) -> None:
         """Adds the clipped sum of the examples of the last backward to ``p.summed_grad``, in the parameters' dtype."""
-        contributions = self._from_grad_samples() if self.tape is None else self.tape.combined()
-        own = set(self.params)
-        contributions = [c for c in contributions if c.parameter in own]
-        sums: dict[nn.Parameter, Tensor] = {}
-        if contributions and contributions[0].batch_size:
-            norms = torch.stack([c.squared_norms().float() for c in contributions]).sum(0).sqrt()
-            factors = clip_factors(norms, self.max_grad_norm)
-            dropped = int((~torch.isfinite(norms)).sum())
-            self.nonfinite_examples += dropped
-            sums = _weighted_sums(contributions, factors, dropped)
+        if self.tape is not None and self.tape.clipped is not None:
+            sums = self.tape.clipped
+        else:
+            sums, _ = self.clipped(self._from_grad_samples() if self.tape is None else self.tape.combined())
         for p in self.params:
             if hasattr(p.summed_grad, "_processed"):
                 raise InputError("optimizer.step() twice on the same noisy gradient", hint="call optimizer.zero_grad()")
@@ -196,6 +190,30 @@ class PrivateOptimizer(DPOptimizer):
             p.summed_grad = addend if p.summed_grad is None else p.summed_grad + addend
         if self.tape is not None:
             self.tape.clear()
+
+    @torch.no_grad()
+    def clipped(
+        self, contributions: list[Contribution], taken: Tensor | None = None
+    ) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
+        """The clipped sum of each of the optimizer's parameters, and the examples' norms [B].
+
+        Args:
+            contributions: one per parameter.
+            taken: [B], 1 for the examples that count and 0 for repetitions of the first one. With it nothing is looked
+                at on the host, and where a norm is not finite the sums are not to be used; without it such an
+                example is dropped and counted.
+        """
+        own = set(self.params)
+        contributions = [c for c in contributions if c.parameter in own]
+        if not contributions or not contributions[0].batch_size:
+            return {}, torch.zeros(0)
+        norms = torch.stack([c.squared_norms().float() for c in contributions]).sum(0).sqrt()
+        factors = clip_factors(norms, self.max_grad_norm)
+        if taken is not None:
+            return _weighted_sums(contributions, factors * taken, dropped=0), norms
+        dropped = int((~torch.isfinite(norms)).sum())
+        self.nonfinite_examples += dropped
+        return _weighted_sums(contributions, factors, dropped), norms
 
     def _from_grad_samples(self) -> list[Contribution]:
         found: list[Contribution] = []

@@ -114,12 +114,15 @@ class EmbeddingGradient:
     def squared_norms(self) -> Tensor:
         """[B]: rows of the same token in the same example are summed before they are squared."""
         n, t = self.tokens.shape
-        example = torch.arange(n, device=self.tokens.device).repeat_interleave(t)
-        pairs, row = torch.unique(example * self.parameter.shape[0] + self.tokens.flatten(), return_inverse=True)
-        sums = self.grad_output.new_zeros(len(pairs), self.parameter.shape[1])
-        sums.index_add_(0, row, self.grad_output.flatten(0, 1))
-        squares = sums.square().sum(1)
-        return squares.new_zeros(n).index_add_(0, pairs // self.parameter.shape[0], squares)
+        order = self.tokens.argsort(1)
+        ordered = self.tokens.gather(1, order)
+        first = torch.ones_like(ordered)
+        first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        place = torch.empty_like(order).scatter_(1, order, first.cumsum(1) - 1)  # among the example's distinct tokens
+        rows = place + t * torch.arange(n, device=place.device).unsqueeze(1)
+        sums = torch.zeros_like(self.grad_output).flatten(0, 1)
+        sums.index_add_(0, rows.flatten(), self.grad_output.flatten(0, 1))
+        return sums.square().sum(1).reshape(n, t).sum(1)
 
     def per_example(self) -> Tensor:
         """[B, vocabulary, width]."""

@@ -54,9 +54,14 @@ class KeyTable:
             self._rows[role] = self._derived(role, device)
         return self._rows[role][layer]
 
-    def refresh(self, seed: int, step: int, example_ids: Tensor) -> None:
+    def resized(self, size: int) -> KeyTable:
+        """The keys of the same examples, and of as many more (the first one again) as make ``size``."""
+        ids = self.example_ids
+        return KeyTable(self.seed, self.step, torch.cat((ids, ids[:1].expand(size - len(ids)))), self._layers)
+
+    def refresh(self, other: KeyTable) -> None:
         """Puts the keys of another batch of the same size where those of this one are, for whoever reads them there."""
-        self.seed, self.step, self.example_ids = seed, step, example_ids
+        self.seed, self.step, self.example_ids = other.seed, other.step, other.example_ids
         for role, rows in self._rows.items():
             rows.copy_(self._derived(role, rows.device))
 

@@ -1,0 +1,215 @@
+"""Forward, backward and clipping of a private step as CUDA graphs: launched as one, not kernel by kernel.
+
+A private step of small layers is a thousand launches and more, which cost the host longer than the device takes.
+Poisson batches differ in size, and a graph cannot: a batch is filled up to the next of few sizes with repetitions of
+its first example, whose factor is 0. They add exactly nothing to the clipped sum, and no other example reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpquant.captures import Tape
+from dpquant.clipping import PrivateCriterion, PrivateOptimizer
+from emulation.errors import InputError
+from emulation.layers import KeyTable, quantizable_layers
+
+_SIZES_PER_BATCH = 8  # filling up costs half of 1/8 of the expected batch on average; captures take time and memory
+_log = logging.getLogger("dpquant")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Result:
+    """What a batch leaves: outputs and losses by example, the clipped sums in a row, whether a norm was not finite."""
+
+    outputs: Tensor
+    losses: Tensor
+    sums: Tensor
+    nonfinite: Tensor
+
+
+@dataclass(kw_only=True, eq=False)
+class _Batch:
+    """Buffers of one size that a graph reads, and the graph once there is one."""
+
+    inputs: Tensor
+    targets: Tensor
+    taken: Tensor
+    table: KeyTable | None
+    graph: torch.cuda.CUDAGraph | None = None
+    result: _Result | None = None
+
+
+class GraphedBackward:
+    """Forward, loss, backward and clipped sums of a batch, so that ``optimizer.step()`` only adds noise and updates.
+
+    On CUDA a batch size's second use captures a graph, which later uses replay; a new plan starts anew. What cannot be
+    replayed runs as usual: an empty batch, secret rounding bits by batch position, a module whose work depends on its
+    data. A batch with a gradient that is not finite is done again as usual, with the same random bits, so that the
+    example is dropped and counted. Without CUDA the same work runs without graphs.
+
+    Args:
+        module: on a tape, from ``private_module(module, "bookkeeping")``.
+        criterion: from ``private_criterion``.
+        optimizer: over the module's parameters.
+        expected_batch_size: of physical batches; an eighth of it is how far apart the sizes are.
+    """
+
+    def __init__(
+        self, module: nn.Module, criterion: PrivateCriterion, optimizer: PrivateOptimizer, expected_batch_size: int
+    ) -> None:
+        tape = getattr(module, "private_tape", None)
+        if not isinstance(tape, Tape):
+            raise InputError("module has no tape", hint="prepare it with private_module(module, 'bookkeeping')")
+        self._module, self._criterion, self._optimizer, self._tape = module, criterion, optimizer, tape
+        self._layers = list(quantizable_layers(module).values())
+        self._multiple = 1 << max(4, (expected_batch_size // _SIZES_PER_BATCH).bit_length() - 1)
+        self._plan: tuple[object, ...] = ()
+        self._batches: dict[tuple[object, ...], _Batch] = {}
+        self._refused = False
+        on_cuda = optimizer.params[0].is_cuda
+        self._stream = torch.cuda.Stream() if on_cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Leaves what ``optimizer.step()`` takes.
+
+        Args:
+            inputs: [B, ...].
+            targets: [B, ...].
+
+        Returns:
+            The module's outputs [B, ...] and the mean loss, both without gradient.
+        """
+        if self._refused or not len(inputs) or not self._replayable(len(inputs)):
+            return self._as_usual(inputs, targets)
+        plan = tuple(layer.precision for layer in self._layers)
+        if plan != self._plan:
+            self._plan, self._batches = plan, {}
+        size = -(-len(inputs) // self._multiple) * self._multiple
+        key = (size, inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype)
+        first = key not in self._batches
+        batch = self._batches.setdefault(key, self._buffers(size, inputs, targets)) if first else self._batches[key]
+        self._load(batch, inputs, targets)
+        try:
+            result = self._run(batch, first=first)
+        except RuntimeError as error:
+            if first or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._refused = True
+            _log.warning("the step runs without CUDA graphs: %s", str(error).splitlines()[0])
+            return self._as_usual(inputs, targets)
+        if bool(result.nonfinite):
+            return self._as_usual(inputs, targets)
+        sums = result.sums.clone().split([p.numel() for p in self._optimizer.params])  # the next replay writes there
+        shaped = zip(self._optimizer.params, sums, strict=True)
+        self._tape.clipped = {p: s.reshape(p.shape).to(p.dtype) for p, s in shaped}
+        self._tape.batch_size = len(inputs)
+        return result.outputs[: len(inputs)].clone(), result.losses[: len(inputs)].mean()
+
+    def _keys(self, count: int) -> KeyTable | None:
+        """The keys of the batch of ``count`` examples that is next, if it has any."""
+        table = self._layers[0].rounding.table if self._layers else None
+        return table if table is not None and len(table.example_ids) == count else None
+
+    def _replayable(self, count: int) -> bool:
+        """Whether random bits, if any, come from keys that can be written into a buffer."""
+        if not self._module.training:
+            return False
+        for layer in self._layers:
+            precision = layer.precision
+            if precision is None:
+                continue
+            if layer.unit != "float32" or precision.weight.rounding == "stochastic":
+                return False
+            if layer.rounding is not self._layers[0].rounding or self._keys(count) is None:
+                return False
+        return True
+
+    def _as_usual(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self._tape.clear()
+        outputs = self._module(inputs)
+        loss = self._criterion(outputs, targets)
+        loss.backward()
+        return outputs.detach(), loss.detach()
+
+    def _buffers(self, size: int, inputs: Tensor, targets: Tensor) -> _Batch:
+        keys = self._keys(len(inputs))
+        return _Batch(
+            inputs=inputs.new_empty(size, *inputs.shape[1:]),
+            targets=targets.new_empty(size, *targets.shape[1:]),
+            taken=torch.zeros(size, device=inputs.device),
+            table=None if keys is None else keys.resized(size),
+        )
+
+    def _load(self, batch: _Batch, inputs: Tensor, targets: Tensor) -> None:
+        count = len(inputs)
+        for held, given in ((batch.inputs, inputs), (batch.targets, targets)):
+            held[:count] = given
+            held[count:] = given[:1]  # zeros in their place could overflow in normalisation layers: 0 * inf is NaN
+        batch.taken[:count] = 1.0
+        batch.taken[count:] = 0.0
+        keys = self._keys(count)
+        if batch.table is not None and keys is not None:
+            batch.table.refresh(keys.resized(len(batch.inputs)))
+
+    def _run(self, batch: _Batch, *, first: bool) -> _Result:
+        if self._stream is None:
+            return self._work(batch)
+        if first:  # kernels are compiled and chosen now: a capture does not allow it
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                result = self._work(batch)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return result
+        if batch.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                batch.result = self._work(batch)
+            batch.graph = graph
+        batch.graph.replay()
+        assert batch.result is not None
+        return batch.result
+
+    def _work(self, batch: _Batch) -> _Result:
+        """The step itself, on the buffers of ``batch``."""
+        params = self._optimizer.params
+        self._tape.clear()
+        _forget_gradients(params)
+        with self._keyed_by(batch.table):
+            outputs = self._module(batch.inputs)
+            losses = self._criterion.per_example(outputs, batch.targets)
+            losses.sum().backward()
+        _forget_gradients(params)  # the batch's own gradients, which nothing clips
+        sums, norms = self._optimizer.clipped(self._tape.combined(), batch.taken)
+        self._tape.clear()
+        flat = [sums[p].flatten() if p in sums else torch.zeros_like(p).flatten() for p in params]
+        return _Result(
+            outputs=outputs.detach(),
+            losses=losses.detach(),
+            sums=torch.cat(flat),
+            nonfinite=(~torch.isfinite(norms)).any(),
+        )
+
+    @contextmanager
+    def _keyed_by(self, table: KeyTable | None) -> Iterator[None]:
+        if table is None:
+            yield
+            return
+        rounding = self._layers[0].rounding
+        before, rounding.table = rounding.table, table
+        try:
+            yield
+        finally:
+            rounding.table = before
+
+
+def _forget_gradients(params: list[nn.Parameter]) -> None:
+    for p in params:
+        p.grad = None
