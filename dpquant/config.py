@@ -26,6 +26,12 @@ def _optional(entry: Field) -> Field:
 
 _POSITIVE = Number(above=0, required=False)
 _COUNT = Number(minimum=1, integer=True, required=False)
+_INDIFFERENT = (
+    ("training", "device"),
+    ("training", "cuda_graphs"),
+    ("training", "keep_freed_memory"),
+    ("data", "root"),
+)  # settings that change where and how fast a run trains, not what it trains
 _NAME = Text(required=False)
 
 SPECIFICATION = Fields(
@@ -75,6 +81,7 @@ SPECIFICATION = Fields(
                 "accumulate": Text(
                     choices=("float32", "hardware"), doc="hardware: the profile's own matrix units", required=False
                 ),
+                "cuda_graphs": Flag(doc="on a GPU: steps are replayed as CUDA graphs", required=False),
                 "keep_freed_memory": Flag(
                     doc="on the CPU: glibc keeps freed memory for the next step, which is faster", required=False
                 ),
@@ -139,9 +146,9 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """Equal for configurations that train the same: name, place of data, device, allocator and defaults aside."""
+        """Equal for configurations that train the same: name, place of data, device, what makes it fast and defaults aside."""
         decisive = _set({key: value for key, value in self.data.items() if key != "name"}, _DEFAULTS)
-        for section, key in (("training", "device"), ("training", "keep_freed_memory"), ("data", "root")):
+        for section, key in _INDIFFERENT:
             decisive.get(section, {}).pop(key, None)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -186,6 +193,7 @@ _DEFAULTS: dict[str, Any] = {
         "weight_decay": 0.0,
         "clipping": "bookkeeping",
         "accumulate": "float32",
+        "cuda_graphs": True,
         "keep_freed_memory": True,
     },
     "privacy": {"target_epsilon": None, "noise_multiplier": None, "accountant": "prv"},

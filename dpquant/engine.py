@@ -16,6 +16,7 @@ from dpquant import allocator, privacy, schedule, sensitivity
 from dpquant import analysis as analyses
 from dpquant import clipping as clip
 from dpquant.distributed import ALONE, Processes
+from dpquant.graphs import GraphedBackward
 from dpquant.modelled import ModelledRun
 from dpquant.public_numbers import public_numbers
 from dpquant.released import ReleasedMoments, observe
@@ -151,6 +152,7 @@ class DPQuantEngine:
         expected_batch_size: int | None = None,
         clipping: str = "bookkeeping",
         max_physical_batch_size: int | None = None,
+        cuda_graphs: bool = True,
     ) -> tuple[nn.Module, clip.PrivateOptimizer, Callable[..., Tensor], DataLoader[Any]]:
         """Prepares a private run: refuses what cannot be reached, solves for the noise, wraps the loop's four parts.
 
@@ -168,6 +170,7 @@ class DPQuantEngine:
             expected_batch_size: public divisor of the noisy sum; default: the loader's batch size.
             clipping: ``bookkeeping`` (one backward, exact) or ``hooks`` (per-example gradients materialised, slow).
             max_physical_batch_size: process larger batches in parts of at most this size.
+            cuda_graphs: have :meth:`backward` replay CUDA graphs, where the module is on a GPU.
 
         Returns:
             (module, optimizer, criterion, loader) for an ordinary loop inside ``for epoch in engine.epochs()``.
@@ -223,7 +226,34 @@ class DPQuantEngine:
             optimizer=self._optimizer,
             max_physical_batch_size=max_physical_batch_size,
         )
+        self._private, self._graphed = private, None
+        if cuda_graphs and clipping == "bookkeeping" and next(module.parameters()).is_cuda:
+            physical = min(self.expected_batch_size, max_physical_batch_size or self.expected_batch_size)
+            self._graphed = GraphedBackward(
+                private, self._criterion, self._optimizer, -(-physical // self.processes.size)
+            )
         return private, self._optimizer, self._criterion, self._loader
+
+    def backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward, loss and backward of one batch, as ``criterion(module(inputs), targets).backward()`` is them.
+
+        On a GPU with ``clipping="bookkeeping"`` they are CUDA graphs that are captured at a batch size's second use and
+        replayed from then on (``make_private(cuda_graphs=False)``: never): a step of many small layers costs the host
+        one launch in place of a thousand. The results agree with those of the usual calls within float32 rounding.
+
+        Args:
+            inputs: [B, ...], a batch of the loader's.
+            targets: [B, ...].
+
+        Returns:
+            The module's outputs [B, ...] and the mean loss, both without gradient.
+        """
+        if self._graphed is not None:
+            return self._graphed(inputs, targets)
+        outputs = self._private(inputs)
+        loss = self._criterion(outputs, targets)
+        loss.backward()
+        return outputs.detach(), loss.detach()
 
     def _plan_hardware(self, module: nn.Module, loader: DataLoader[Any], clipping: str) -> None:
         """Models the workload and refuses a target that no plan can meet."""

@@ -123,6 +123,7 @@ def prepare(
             expected_batch_size=settings["batch_size"],
             clipping=settings["clipping"],
             max_physical_batch_size=settings["max_physical_batch_size"],
+            cuda_graphs=settings["cuda_graphs"],
         )
     return Training(
         config=config,
@@ -149,7 +150,7 @@ def train(training: Training, folder: RunFolder | None) -> Iterator[EpochRecord]
     """
     engine = training.engine
     _restore(training, folder)
-    module, optimizer, criterion, loader = training.parts
+    module, optimizer, _, loader = training.parts
     for epoch in engine.epochs():
         started = time.perf_counter()
         totals = _Totals()
@@ -157,9 +158,7 @@ def train(training: Training, folder: RunFolder | None) -> Iterator[EpochRecord]
         module.train()
         for images, labels in loader:
             optimizer.zero_grad()
-            outputs = module(images)
-            loss = criterion(outputs, labels)
-            loss.backward()
+            outputs, loss = engine.backward(images, labels)
             optimizer.step()
             totals.add(outputs, labels, loss)
         totals.nonfinite = optimizer.nonfinite_examples - nonfinite
