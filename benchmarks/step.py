@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from dpquant.allocator import keep_freed_memory
 from dpquant.clipping import PrivateOptimizer, private_criterion, private_module
+from dpquant.graphs import GraphedBackward
 from dpquant.models import build_model
 from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
 from hwmodels.nvml import power_meter
@@ -127,13 +128,17 @@ def ours(module: nn.Module, x: Tensor, y: Tensor, format: str | None = None, sha
         expected_batch_size=len(x),
     )
     criterion = private_criterion(nn.CrossEntropyLoss())
+    graphed = GraphedBackward(module, criterion, optimizer, len(x)) if x.is_cuda else None
     ids = torch.arange(len(x))
     taken = iter(range(1 << 40))
 
     def step() -> None:
         set_rounding(module, seed=0, step=next(taken), example_ids=ids)
         optimizer.zero_grad()
-        criterion(module(x), y).backward()
+        if graphed is not None:
+            graphed(x, y)
+        else:
+            criterion(module(x), y).backward()
         optimizer.step()
 
     return step
