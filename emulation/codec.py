@@ -103,7 +103,7 @@ def _round(
     target = out if out is not None and out.is_contiguous() and not (refuse_nan and out is x) else None
     done, nan_seen = False, None
     if backend == "exact" and fusable(source):
-        target = torch.empty_like(source) if target is None else target
+        target = fused.empty_like(source) if target is None else target
         form = kernel_format(fmt, rounding, overflow, random_bits)
         nan_seen = fused.round_flat(source, target, form, key)
         done = nan_seen is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emulation import native
 from emulation.formats import NumberFormat
-from emulation.kernel_formats import RULES, KernelFormat, kernel_format
+from emulation.kernel_formats import MAGIC, RULES, KernelFormat, kernel_format
 
 _WIDEST_BLOCK = 1024  # what one Triton program keeps in registers
 
@@ -46,6 +46,11 @@ def round_flat(x: Tensor, out: Tensor, form: KernelFormat | None, key: Tensor | 
     return False
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """``torch.empty_like``, for results of the kernels: see native.py."""
+    return native.empty_like(x) if x.device.type == "cpu" else torch.empty_like(x)
+
+
 def quantize_blocks(
     x: Tensor,
     out: Tensor,
@@ -71,7 +76,7 @@ def quantize_blocks(
         return False
     two_levels = RULES[form.rule] == "nvfp4"
     block_form = kernel_format(scale, "nearest_even") if two_levels else form
-    if block_form is None:
+    if block_form is None or (two_levels and block_form.kind != MAGIC):
         return False
     if x.device.type == "cpu":
         return native.quantize_blocks(x, out, form, block_form, key, shape, size, units)

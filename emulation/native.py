@@ -16,10 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,8 +30,10 @@ _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("quantize.c")
 # no contraction, no reordering: the two -fno flags change neither values nor signs
 _EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-_FLAGS = ("-O3", "-march=native", *_EXACT, "-std=c11", "-shared", "-fPIC")
-_PER_THREAD = 1 << 18
+_FLAGS = ("-O2", "-ftree-vectorize", "-march=native", *_EXACT, "-std=gnu11", "-shared", "-fPIC")
+_PER_THREAD = 1 << 17
+_LARGE = 1 << 23
+_PROCESS = os.getpid()
 
 
 class _Format(ctypes.Structure):
@@ -62,17 +61,9 @@ def round_flat(x: Tensor, out: Tensor, form: KernelFormat, key: Tensor | None) -
     library = _library()
     if library is None:
         return None
-    format = ctypes.byref(_format(form))
     key, per_key = _keys(key, x)
-    source, target, keys = x.data_ptr(), out.data_ptr(), key.data_ptr()
-    top = 0 if RULES[form.rule] == "none" else int(_largest(library, x, 1))
-    nan = [0]
-
-    def work(first: int, last: int) -> None:
-        nan.append(library.flat(source, target, format, first, last, top, keys, per_key))
-
-    _in_threads(work, x.numel(), 1)
-    return any(nan)
+    keys, format = key.data_ptr(), ctypes.byref(_format(form))
+    return bool(library.flat(x.data_ptr(), out.data_ptr(), format, x.numel(), keys, per_key, *_team(x.numel())))
 
 
 def quantize_blocks(
@@ -100,35 +91,22 @@ def quantize_blocks(
     if library is None:
         return False
     lines, length, inner = shape
-    count = lines * -(-length // size)
     format, scale_format = ctypes.byref(_format(form)), ctypes.byref(_format(block_form))
-    tops = _largest(library, x, units) if RULES[form.rule] == "nvfp4" else _no_tops()
+    tops = torch.empty(units, dtype=torch.int32) if RULES[form.rule] == "nvfp4" else _no_tops()
     key, per_key = _keys(key, x)
-    source, target, top, keys = x.data_ptr(), out.data_ptr(), tops.data_ptr(), key.data_ptr()
-
-    def work(first: int, last: int) -> None:
-        library.blocks(
-            source, target, format, scale_format, first, last, length, size, inner, top, count // units, keys, per_key
-        )
-
-    _in_threads(work, count, max(x.numel() // count, 1))
+    library.blocks(
+        x.data_ptr(), out.data_ptr(), format, scale_format, lines, length, inner, size, units, tops.data_ptr(),
+        key.data_ptr(), per_key, *_team(x.numel()),
+    )  # fmt: skip
     return True
 
 
-def _largest(library: ctypes.CDLL, x: Tensor, units: int) -> Tensor:
-    """The bits of max |x| (of a NaN where there is one) of equal parts of ``x``, int32."""
-    whole, per_unit = x.numel(), x.numel() // units
-    parts = min(torch.get_num_threads(), whole // _PER_THREAD) if units == 1 else 1
-    if parts > 1 and whole % parts == 0:  # one unit, several threads
-        return _largest(library, x, parts).amax(0, keepdim=True)
-    tops = torch.empty(units, dtype=torch.int32)
-    source, target = x.data_ptr(), tops.data_ptr()
-
-    def work(first: int, last: int) -> None:
-        library.largest(source, first, last, per_unit, target)
-
-    _in_threads(work, units, per_unit)
-    return tops
+def empty_like(x: Tensor) -> Tensor:
+    """``torch.empty_like``, for results: large ones in large pages, which cost a fraction of the usual page faults."""
+    result = torch.empty_like(x)
+    if x.device.type == "cpu" and result.nbytes >= _LARGE and (library := _library()) is not None:
+        library.large_pages(result.data_ptr(), result.nbytes)
+    return result
 
 
 @lru_cache(maxsize=256)
@@ -153,18 +131,20 @@ def _no_tops() -> Tensor:
     return torch.zeros(1, dtype=torch.int32)
 
 
-def _in_threads(work: Callable[[int, int], None], count: int, size: int) -> None:
-    """Runs ``work`` over 0..count (items of ``size`` elements), in as many threads as torch would use."""
-    threads = min(torch.get_num_threads(), count * size // _PER_THREAD, count)
-    if threads <= 1:
-        work(0, count)
-        return
-    bounds = [count * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads - 1) as pool:  # ctypes gives up the interpreter's lock
-        others = [pool.submit(work, first, last) for first, last in pairwise(bounds[1:])]
-        work(bounds[0], bounds[1])
-        for other in others:
-            other.result()
+def _team(elements: int) -> tuple[int | None, int]:
+    """What starts threads, and how many: as many as torch would use."""
+    threads = min(torch.get_num_threads(), elements // _PER_THREAD)
+    # a forked process has none of OpenMP's threads, and would wait for them for ever
+    return (_open_mp(), threads) if threads > 1 and os.getpid() == _PROCESS else (None, 1)
+
+
+@lru_cache(maxsize=1)
+def _open_mp() -> int | None:
+    """GOMP_parallel of the OpenMP library that torch has loaded; None where it is another one (macOS)."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -183,11 +163,13 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     form = ctypes.POINTER(_Format)
-    library.largest.argtypes, library.largest.restype = [pointer, integer, integer, integer, pointer], None
-    library.flat.argtypes = [pointer, pointer, form, integer, integer, ctypes.c_int32, pointer, integer]
+    library.flat.argtypes = [pointer, pointer, form, integer, pointer, integer, pointer, ctypes.c_int32]
     library.flat.restype = ctypes.c_int32
-    library.blocks.argtypes = [pointer, pointer, form, form, *[integer] * 5, pointer, integer, pointer, integer]
+    library.blocks.argtypes = [
+        pointer, pointer, form, form, *[integer] * 5, pointer, pointer, integer, pointer, ctypes.c_int32,
+    ]  # fmt: skip
     library.blocks.restype = None
+    library.large_pages.argtypes, library.large_pages.restype = [pointer, integer], None
     if not _agrees(library):
         _LOG.warning("quantize.c, as %s compiled it, differs from torch's operations, which are used instead", compiler)
         return None
@@ -244,9 +226,8 @@ def _agrees(library: ctypes.CDLL) -> bool:
             if form is None:
                 continue
             wanted = on_grid(x, fmt, rounding, "saturate", noise)
-            library.flat(
-                x.data_ptr(), out.data_ptr(), ctypes.byref(_format(form)), 0, len(x), 0, key.data_ptr(), len(x)
-            )
+            format = ctypes.byref(_format(form))
+            library.flat(x.data_ptr(), out.data_ptr(), format, len(x), key.data_ptr(), len(x), None, 1)
             same = (wanted.view(torch.int32) == out.view(torch.int32)) | (wanted.isnan() & out.isnan())
             if not bool(same.all()):
                 return False

@@ -4,8 +4,11 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
-enum { MAGIC, BITS, INTEGER, IDENTITY };              /* how a format is rounded to: see rounding.py */
+enum { MAGIC, BITS, INTEGER, IDENTITY, PLAIN };       /* how a format is rounded to: see rounding.py */
 enum { NONE, MAX, POW2, FLOOR, RCEIL, NVFP4 };        /* scale rules */
 
 typedef struct {
@@ -32,8 +35,9 @@ static inline uint64_t mix(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-static inline uint32_t hash(uint32_t index, uint32_t low, uint32_t high) {
-    uint32_t h = index * 0x9E3779B9u + low;
+#define GOLDEN 0x9E3779B9u
+
+static inline uint32_t hash(uint32_t h, uint32_t high) { /* h: index * GOLDEN + low half of the mixed key */
     h = (h ^ (h >> 16)) * 0x7FEB352Du;
     h ^= high;
     h = (h ^ (h >> 15)) * 0x846CA68Bu;
@@ -41,6 +45,13 @@ static inline uint32_t hash(uint32_t index, uint32_t low, uint32_t high) {
 }
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* MAGIC, or PLAIN where a format has -0, what is beyond the largest number is cut off before it is rounded, and no tie
+ * lies between two powers of two. */
+static int kind_of(const Format *f) {
+    const int plain = f->keeps_sign && f->high <= f->max_value && (f->mantissa_bits || f->stochastic);
+    return f->kind == MAGIC && plain ? PLAIN : f->kind;
+}
 
 /* One element, already scaled. KIND and STOCHASTIC are constants where this is inlined. */
 INLINE float rounded(float s, const Format *f, const int kind, const int stochastic, uint32_t noise) {
@@ -56,17 +67,17 @@ INLINE float rounded(float s, const Format *f, const int kind, const int stochas
     if (kind == IDENTITY) return a;
     const int shift = 23 - f->mantissa_bits;
     const uint32_t sign = as_bits(s) & 0x80000000u;
-    const float zero = f->keeps_sign ? -0.0f : 0.0f;
+    const int magic = kind == MAGIC || kind == PLAIN, keeps_sign = kind == PLAIN || f->keeps_sign;
     float q;
-    if (kind == MAGIC && !stochastic) {
+    if (magic && !stochastic) {
         const int32_t smallest = (f->min_exponent + 127) << 23;
         int32_t p = (int32_t)(as_bits(a) & 0x7F800000u);
         p = p < smallest ? smallest : p;
-        const int32_t even = f->mantissa_bits ? 0 : ((p >> 23) + f->min_exponent + 127) & 1;
+        const int32_t even = kind == PLAIN || f->mantissa_bits ? 0 : ((p >> 23) + f->min_exponent + 127) & 1;
         const float c = as_float((uint32_t)p + ((uint32_t)shift << 23) + (1u << 22) + (uint32_t)even);
         q = (a + c) - c;
-        q = fabsf(q) > f->max_value ? f->special : q;
-        return as_float(as_bits(q) | (f->keeps_sign ? sign : 0u));
+        if (kind != PLAIN) q = fabsf(q) > f->max_value ? f->special : q;
+        return as_float(as_bits(q) | (keeps_sign ? sign : 0u));
     }
     const float m = fabsf(a);
     const uint32_t mask = ~((1u << shift) - 1);
@@ -75,45 +86,59 @@ INLINE float rounded(float s, const Format *f, const int kind, const int stochas
         dither = (noise & (uint32_t)((1ull << f->draw_bits) - 1)) << (shift - f->draw_bits);
     else
         dither = ((as_bits(m) >> shift) & 1u) + ((1u << (shift - 1)) - 1);
-    const float lift = kind == MAGIC && m < f->min_normal ? f->min_normal : 0.0f;
+    const float lift = magic && m < f->min_normal ? f->min_normal : 0.0f;
     q = as_float((as_bits(m + lift) + dither) & mask) - lift;
-    q = q > f->max_value ? f->special : q;
-    q = as_float(as_bits(q) | sign) + zero;
+    if (kind != PLAIN) q = q > f->max_value ? f->special : q;
+    q = as_float(as_bits(q) | sign);
+    if (kind != PLAIN) q += keeps_sign ? -0.0f : 0.0f;
     return s != s ? s : q;
 }
 
+/* i * GOLDEN: of few elements the compiler would work them out one by one. */
+#define FOUR(i) (i) * GOLDEN, ((i) + 1) * GOLDEN, ((i) + 2) * GOLDEN, ((i) + 3) * GOLDEN
+static const uint32_t PRODUCTS[32] = {FOUR(0u), FOUR(4u), FOUR(8u), FOUR(12u), FOUR(16u), FOUR(20u), FOUR(24u), FOUR(28u)};
+
+enum { UNSCALED, TIMES, OVER }; /* an element is scaled by the factor, or divided by the scale */
+
 /* n elements that share a scale (or, with many, have one each). Whether there was a NaN. */
 INLINE int run(const float *x, float *out, int64_t n, const Format *f, const float *scale, const float *factor,
-                float unit, uint32_t low, uint32_t high, uint32_t index, const int kind, const int stochastic,
-                const int divide, const int many) {
-    const Format g = *f;
+               float unit, uint32_t low, uint32_t high, uint32_t index, const int kind, const int stochastic,
+               const int scaling, const int many, const int few) {
+    const Format g = *f; /* out could alias *f, for all the compiler knows */
     const float scale0 = *scale, factor0 = *factor;
+    const uint32_t start = index * GOLDEN + low;
+    uint32_t at = start;
     int nan = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const float s = divide ? x[i] / (many ? scale[i] : scale0) : x[i] * (many ? factor[i] : factor0);
-        const uint32_t noise = stochastic ? hash(index + (uint32_t)i, low, high) : 0u;
+#pragma GCC ivdep /* out is x, or apart from it */
+    for (int64_t i = 0; i < n; i++, at += GOLDEN) {
+        float s = x[i];
+        if (scaling == TIMES) s *= many ? factor[i] : factor0;
+        if (scaling == OVER) s /= many ? scale[i] : scale0;
+        const float q = rounded(s, &g, kind, stochastic, stochastic ? hash(few ? start + PRODUCTS[i] : at, high) : 0u);
         nan |= s != s;
-        out[i] = rounded(s, &g, kind, stochastic, noise) * (many ? scale[i] : scale0) * unit;
+        out[i] = scaling == UNSCALED ? q : q * (many ? scale[i] : scale0) * unit;
     }
     return nan;
 }
 
 #define VARIANT(K, S, D, M)                                                                                        \
-    if (f->kind == K && f->stochastic == S && divide == D && many == M)                                            \
-        return run(x, out, n, f, scale, factor, unit, low, high, index, K, S, D, M);
-#define VARIANTS(K, M) VARIANT(K, 0, 0, M) VARIANT(K, 1, 0, M) VARIANT(K, 0, 1, M) VARIANT(K, 1, 1, M)
+    if (kind == K && f->stochastic == S && scaling == D && many == M)                                              \
+        return run(x, out, n, f, scale, factor, unit, low, high, index, K, S, D, M, 0);
+#define VARIANTS(K) VARIANT(K, 0, UNSCALED, 0) VARIANT(K, 0, TIMES, 0) VARIANT(K, 0, OVER, 0)                      \
+                    VARIANT(K, 1, UNSCALED, 0) VARIANT(K, 1, TIMES, 0) VARIANT(K, 1, OVER, 0)                      \
+                    VARIANT(K, 0, TIMES, 1) VARIANT(K, 0, OVER, 1) VARIANT(K, 1, TIMES, 1) VARIANT(K, 1, OVER, 1)
 
 static int part(const float *x, float *out, int64_t n, const Format *f, const float *scale, const float *factor,
-                float unit, uint32_t low, uint32_t high, uint32_t index, int divide, int many) {
-    VARIANTS(MAGIC, 0) VARIANTS(BITS, 0) VARIANTS(INTEGER, 0) VARIANTS(IDENTITY, 0)
-    VARIANTS(MAGIC, 1) VARIANTS(BITS, 1) VARIANTS(INTEGER, 1) VARIANTS(IDENTITY, 1)
+                float unit, uint32_t low, uint32_t high, uint32_t index, int scaling, int many) {
+    const int kind = kind_of(f);
+    VARIANTS(PLAIN) VARIANTS(MAGIC) VARIANTS(BITS) VARIANTS(INTEGER) VARIANTS(IDENTITY)
     return 0;
 }
 
 /* Elements of which each per_key share a key; the index counts inside them. */
 static int keyed(const float *x, float *out, int64_t first, int64_t n, const Format *f, const float *scale,
-                 const float *factor, float unit, const uint64_t *keys, int64_t per_key, int divide, int many) {
-    if (!f->stochastic) return part(x, out, n, f, scale, factor, unit, 0, 0, 0, divide, many);
+                 const float *factor, float unit, const uint64_t *keys, int64_t per_key, int scaling, int many) {
+    if (!f->stochastic) return part(x, out, n, f, scale, factor, unit, 0, 0, 0, scaling, many);
     int64_t done = 0;
     int nan = 0;
     while (done < n) {
@@ -121,7 +146,7 @@ static int keyed(const float *x, float *out, int64_t first, int64_t n, const For
         const int64_t count = n - done < per_key - inside ? n - done : per_key - inside;
         const uint64_t key = mix(keys[at / per_key]);
         nan |= part(x + done, out + done, count, f, many ? scale + done : scale, many ? factor + done : factor, unit,
-                    (uint32_t)key, (uint32_t)(key >> 32), (uint32_t)inside, divide, many);
+                    (uint32_t)key, (uint32_t)(key >> 32), (uint32_t)inside, scaling, many);
         done += count;
     }
     return nan;
@@ -135,11 +160,6 @@ INLINE int32_t top_bits(const float *x, int64_t n) {
         top = b > top ? b : top;
     }
     return top;
-}
-
-/* Of each of the parts first..last of x, of size elements. */
-void largest(const float *x, int64_t first, int64_t last, int64_t size, int32_t *tops) {
-    for (int64_t i = first; i < last; i++) tops[i] = top_bits(x + i * size, size);
 }
 
 INLINE float power_of_two(float amax, const Format *f, const int rule) {
@@ -206,34 +226,26 @@ static void scales(const int32_t *tops, int64_t n, float unit_amax, const Format
     }
 }
 
-/* Elements first..last of x share one scale, that of amax (bits); rule NONE: scale 1. Whether there was a NaN. */
-int32_t flat(const float *x, float *out, const Format *f, int64_t first, int64_t last, int32_t amax,
-             const uint64_t *keys, int64_t per_key) {
-    float scale, factor;
-    scales(&amax, 1, 0.0f, f, f, &scale, &factor);
-    return keyed(x + first, out + first, first, last - first, f, &scale, &factor, 1.0f, keys, per_key,
-                 f->rule == MAX, 0);
-}
-
-/* Small blocks in a row, of a size that the compiler knows. */
-INLINE void small(const float *x, float *out, int64_t n, const int64_t size, const Format *f, const float *scale,
-                  const float *factor, float unit) {
-    const Format g = *f; /* out could alias *f, for all the compiler knows */
-    if (g.rule == MAX)
-        for (int64_t i = 0; i < n; i++)
-            run(x + i * size, out + i * size, size, &g, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 1, 0);
-    else
-        for (int64_t i = 0; i < n; i++)
-            run(x + i * size, out + i * size, size, &g, scale + i, factor + i, unit, 0, 0, 0, MAGIC, 0, 0, 0);
-}
-
-INLINE void small_stochastic(const float *x, float *out, int64_t n, const int64_t size, const Format *f,
-                             const float *scale, const float *factor, float unit, uint64_t key, int64_t index) {
+/* Small blocks in a row, of a size that the compiler knows, all with one key. */
+INLINE void small_by(const float *x, float *out, int64_t n, const int64_t size, const Format *f, const float *scale,
+                     const float *factor, float unit, uint64_t key, int64_t index, const int kind,
+                     const int stochastic, const int scaling) {
     const uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
     const Format g = *f;
     for (int64_t i = 0; i < n; i++)
         run(x + i * size, out + i * size, size, &g, scale + i, factor + i, unit, low, high,
-            (uint32_t)(index + i * size), MAGIC, 1, 0, 0);
+            (uint32_t)(index + i * size), kind, stochastic, scaling, 0, 1);
+}
+
+/* Whether it did them: only those of the common kinds. */
+INLINE int small(const float *x, float *out, int64_t n, const int64_t size, const Format *f, const float *scale,
+                 const float *factor, float unit, uint64_t key, int64_t index) {
+    const int kind = kind_of(f), over = f->rule == MAX;
+#define SMALL(K, S, D)                                                                                             \
+    if (kind == K && f->stochastic == S && over == (D == OVER))                                                    \
+        return small_by(x, out, n, size, f, scale, factor, unit, key, index, K, S, D), 1;
+    SMALL(PLAIN, 0, TIMES) SMALL(PLAIN, 1, TIMES) SMALL(PLAIN, 0, OVER) SMALL(MAGIC, 0, TIMES) SMALL(MAGIC, 0, OVER)
+    return 0;
 }
 
 #define BATCH 64
@@ -241,10 +253,10 @@ INLINE void small_stochastic(const float *x, float *out, int64_t n, const int64_
 
 /* Blocks first..last of x [lines, length, inner], of size elements along each line (the last of a line may be short).
  * unit_amax (bits) of every blocks_per_unit, for NVFP4. */
-void blocks(const float *x, float *out, const Format *f, const Format *block_format, int64_t first, int64_t last,
-            int64_t length, int64_t size, int64_t inner, const int32_t *unit_amax, int64_t blocks_per_unit,
-            const uint64_t *keys, int64_t per_key) {
-    const int divide = f->rule == MAX;
+static void some_blocks(const float *x, float *out, const Format *f, const Format *block_format, int64_t first,
+                        int64_t last, int64_t length, int64_t size, int64_t inner, const int32_t *unit_amax,
+                        int64_t blocks_per_unit, const uint64_t *keys, int64_t per_key) {
+    const int scaling = f->rule == MAX ? OVER : TIMES;
     const int64_t per_line = (length + size - 1) / size;
     const int64_t at_once = size >= CACHED ? 1 : CACHED / size < BATCH ? CACHED / size : BATCH;
     int32_t tops[BATCH];
@@ -265,26 +277,26 @@ void blocks(const float *x, float *out, const Format *f, const Format *block_for
             }
             n = n < last - r ? n : last - r;
             n = n < at_once ? n : at_once;
+            if (f->stochastic && n) { /* as many as have the first one's key, if that ends between blocks */
+                const int64_t of_key = (per_key - start % per_key) / size;
+                n = of_key && of_key < n ? of_key : n;
+            }
             const int64_t width = n ? size : left, count = n ? n : 1;
             if (size == 16 && n) for (int64_t i = 0; i < n; i++) tops[i] = top_bits(x + start + i * 16, 16);
             else if (size == 32 && n) for (int64_t i = 0; i < n; i++) tops[i] = top_bits(x + start + i * 32, 32);
             else for (int64_t i = 0; i < count; i++) tops[i] = top_bits(x + start + i * width, width);
             scales(tops, count, above, f, block_format, scale, factor);
-            const int one_key = start / per_key == (start + count * width - 1) / per_key;
-            if (f->kind == MAGIC && !f->stochastic && n && size == 16)
-                small(x + start, out + start, n, 16, f, scale, factor, unit);
-            else if (f->kind == MAGIC && !f->stochastic && n && size == 32)
-                small(x + start, out + start, n, 32, f, scale, factor, unit);
-            else if (f->kind == MAGIC && f->stochastic && n && !divide && one_key && (size == 16 || size == 32)) {
-                const uint64_t key = mix(keys[start / per_key]);
-                if (size == 16)
-                    small_stochastic(x + start, out + start, n, 16, f, scale, factor, unit, key, start % per_key);
-                else
-                    small_stochastic(x + start, out + start, n, 32, f, scale, factor, unit, key, start % per_key);
-            } else
-                for (int64_t i = 0; i < count; i++)
-                    keyed(x + start + i * width, out + start + i * width, start + i * width, width, f, scale + i,
-                          factor + i, unit, keys, per_key, divide, 0);
+            const int one_key = !f->stochastic || start / per_key == (start + count * width - 1) / per_key;
+            const uint64_t key = f->stochastic && one_key ? mix(keys[start / per_key]) : 0;
+            const int64_t index = start % per_key;
+            int done = 0;
+            if (n && one_key && size == 16)
+                done = small(x + start, out + start, n, 16, f, scale, factor, unit, key, index);
+            else if (n && one_key && size == 32)
+                done = small(x + start, out + start, n, 32, f, scale, factor, unit, key, index);
+            for (int64_t i = 0; i < count && !done; i++)
+                keyed(x + start + i * width, out + start + i * width, start + i * width, width, f, scale + i,
+                      factor + i, unit, keys, per_key, scaling, 0);
             r += count;
             continue;
         }
@@ -300,9 +312,120 @@ void blocks(const float *x, float *out, const Format *f, const Format *block_for
             scales(tops, width, above, f, block_format, scale, factor);
             for (int64_t j = 0; j < rows; j++) {
                 const int64_t at = start + j * inner + c;
-                keyed(x + at, out + at, at, width, f, scale, factor, unit, keys, per_key, divide, 1);
+                keyed(x + at, out + at, at, width, f, scale, factor, unit, keys, per_key, scaling, 1);
             }
         }
         r++;
     }
+}
+
+/* --- several threads: each takes the next few items until none is left ------------------------------------------- */
+
+/* GOMP_parallel, of the OpenMP library that torch has loaded: torch's own threads, awake between its operations. */
+typedef void Team(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct Work {
+    void (*part)(struct Work *, int64_t first, int64_t last);
+    int64_t count, step, next; /* items; how many are taken at a time; the first that nobody has taken */
+    const float *x;
+    float *out;
+    const Format *f, *block_format;
+    int64_t length, size, inner;
+    int32_t *unit_amax;
+    int64_t per_unit; /* elements (largest, units) or blocks that share a unit */
+    const uint64_t *keys;
+    int64_t per_key;
+    float scale, factor;
+    int32_t found; /* the largest bits, or whether there was a NaN */
+} Work;
+
+static void take(void *data) {
+    Work *w = data;
+    for (;;) {
+        const int64_t first = __atomic_fetch_add(&w->next, w->step, __ATOMIC_RELAXED);
+        if (first >= w->count) return;
+        w->part(w, first, first + w->step < w->count ? first + w->step : w->count);
+    }
+}
+
+#define TAKEN 65536 /* elements at a time: they stay in a core's cache, and no core waits long for another */
+
+static void share(Work *w, int64_t item, Team *team, int32_t threads) {
+    w->step = item < TAKEN ? TAKEN / (item ? item : 1) : 1;
+    w->next = 0;
+    if (team && threads > 1 && w->count > w->step) team(take, w, (unsigned)threads, 0);
+    else take(w);
+}
+
+static void part_largest(Work *w, int64_t first, int64_t last) {
+    const int32_t top = top_bits(w->x + first, last - first);
+    int32_t seen = __atomic_load_n(&w->found, __ATOMIC_RELAXED);
+    while (top > seen && !__atomic_compare_exchange_n(&w->found, &seen, top, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
+static int32_t largest(const float *x, int64_t count, Team *team, int32_t threads) {
+    Work w = {.part = part_largest, .count = count, .x = x};
+    share(&w, 1, team, threads);
+    return w.found;
+}
+
+static void part_flat(Work *w, int64_t first, int64_t last) {
+    if (keyed(w->x + first, w->out + first, first, last - first, w->f, &w->scale, &w->factor, 1.0f, w->keys,
+              w->per_key, w->f->rule == NONE ? UNSCALED : w->f->rule == MAX ? OVER : TIMES, 0))
+        __atomic_store_n(&w->found, 1, __ATOMIC_RELAXED);
+}
+
+/* All of x shares one scale. Whether there was a NaN. */
+int32_t flat(const float *x, float *out, const Format *f, int64_t count, const uint64_t *keys, int64_t per_key,
+             Team *team, int32_t threads) {
+    const int32_t amax = f->rule == NONE ? 0 : largest(x, count, team, threads);
+    Work w = {.part = part_flat, .count = count, .x = x, .out = out, .f = f, .keys = keys, .per_key = per_key};
+    scales(&amax, 1, 0.0f, f, f, &w.scale, &w.factor);
+    share(&w, 1, team, threads);
+    return w.found;
+}
+
+static void part_blocks(Work *w, int64_t first, int64_t last) {
+    some_blocks(w->x, w->out, w->f, w->block_format, first, last, w->length, w->size, w->inner, w->unit_amax,
+                w->per_unit, w->keys, w->per_key);
+}
+
+/* Units first..last, of which each is still in the cache when its largest magnitude is known. */
+static void part_units(Work *w, int64_t first, int64_t last) {
+    const int64_t lines = w->per_unit / ((w->length + w->size - 1) / w->size), elements = lines * w->length * w->inner;
+    for (int64_t u = first; u < last; u++) {
+        w->unit_amax[u] = top_bits(w->x + u * elements, elements);
+        part_blocks(w, u * w->per_unit, (u + 1) * w->per_unit);
+    }
+}
+
+/* One scale for each block, of size elements along each line of x [lines, length, inner], and column; for NVFP4 one
+ * more for each of the units, equal parts of x. unit_amax: room for one number a unit. */
+void blocks(const float *x, float *out, const Format *f, const Format *block_format, int64_t lines, int64_t length,
+            int64_t inner, int64_t size, int64_t units, int32_t *unit_amax, const uint64_t *keys, int64_t per_key,
+            Team *team, int32_t threads) {
+    const int64_t count = lines * ((length + size - 1) / size), elements = lines * length * inner;
+    Work w = {.part = part_blocks, .count = count, .x = x, .out = out, .f = f, .block_format = block_format,
+              .length = length, .size = size, .inner = inner, .unit_amax = unit_amax, .per_unit = count / units,
+              .keys = keys, .per_key = per_key};
+    int64_t item = elements / count;
+    if (f->rule == NVFP4 && units == 1) {
+        *unit_amax = largest(x, elements, team, threads);
+    } else if (f->rule == NVFP4) {
+        w.part = part_units;
+        w.count = units;
+        item = elements / units;
+    }
+    share(&w, item, team, threads);
+}
+
+/* Asks for large pages inside fresh memory. */
+void large_pages(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)memory + page - 1) & -page;
+    const uintptr_t last = ((uintptr_t)memory + (uintptr_t)bytes) & -page;
+    if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }

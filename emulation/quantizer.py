@@ -237,7 +237,7 @@ class Quantizer:
         wide = x.float().contiguous()
         if self.backend == "exact" and not masked and fusable(wide):
             buffer = out if out is not None and out.is_contiguous() and out.dtype == wide.dtype else None
-            buffer = torch.empty_like(wide) if buffer is None else buffer
+            buffer = fused.empty_like(wide) if buffer is None else buffer
             if self._fused(wide, buffer, layout, key):
                 if out is not None:
                     return (out if buffer is out else out.copy_(buffer)), None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -125,17 +127,54 @@ def test_quantizers_have_torchs_bits(
 @pytest.mark.parametrize("name", ["fp8", "luq_fp4", "mxfp4", "nvfp4", "bf16"])
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
 def test_threads_change_no_bit(name: str, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = derive_keys(1, torch.arange(6)) if rounding == "stochastic" else None
-    x = wild([6, 10, 64], 0)
-    for granularity in ("tensor", "example"):
-        quantizer = Quantizer(name, granularity, rounding=rounding)
-        wanted = quantizer.fake_quantize(x, keys=keys)
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "_PER_THREAD", 100)
-            for threads in (2, 3, 7):
-                patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-                assert same(quantizer.fake_quantize(x, keys=keys), wanted)
-                assert same(round_to(x, "int8", rounding, keys=keys), round_to(x, "int8", rounding, keys=keys))
+    x = wild([6, 100, 640], 0)  # several times what a thread takes at once
+    monkeypatch.setattr(native, "_PER_THREAD", 1000)
+    for keys in (derive_keys(1, torch.arange(6)), derive_keys(1)) if rounding == "stochastic" else (None,):
+        results: dict[int, list[Tensor]] = {}
+        for threads in (1, 2, 3, 7):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            assert native._team(x.numel()) == ((None, 1) if threads == 1 else (native._open_mp(), threads))
+            results[threads] = [
+                Quantizer(name, granularity, rounding=rounding).fake_quantize(x, keys=keys, axis=axis)
+                for granularity, axis in (("tensor", 2), ("example", 2), ("example", 1))
+            ] + [round_to(x, "int8", rounding, keys=keys)]
+        for other in (2, 3, 7):
+            assert all(map(same, results[other], results[1]))
+
+
+FORKED = """
+import os, signal, torch
+from emulation.quantizer import Quantizer
+torch.set_num_threads(3)
+x = torch.randn(64, 128, 128)
+wanted = Quantizer("fp8").fake_quantize(x)
+def threads(): return len(os.listdir("/proc/self/task"))
+before = threads()
+for _ in range(50): assert torch.equal(Quantizer("fp8").fake_quantize(x), wanted)
+assert threads() == before > 1, (threads(), before)
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    result = Quantizer("fp8").fake_quantize(x).numpy()  # torch itself would wait for its threads here
+    os._exit(0 if (result == wanted.numpy()).all() and threads() == 1 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_are_kept_and_a_forked_process_does_without() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
+
+
+@needs_compiler
+def test_large_results_are_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = wild([1024, 4100], 0)
+    assert native.empty_like(x).nbytes > native._LARGE
+    result = Quantizer("fp8").fake_quantize(x)
+    monkeypatch.setattr(native, "_LARGE", 1 << 62)
+    assert same(result, Quantizer("fp8").fake_quantize(x))
+    assert native.empty_like(x.t()).stride() == x.t().stride()
 
 
 @needs_compiler
@@ -234,7 +273,7 @@ def test_flags_that_break_exactness_are_noticed(
     flags: tuple[str, ...], unbuilt: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # not -ffast-math: gcc then links code that flushes subnormals in the whole process
-    monkeypatch.setattr(native, "_FLAGS", ("-O3", *flags, "-std=c11", "-shared", "-fPIC"))
+    monkeypatch.setattr(native, "_FLAGS", ("-O3", *flags, "-std=gnu11", "-shared", "-fPIC"))
     assert native._library() is None
     assert "differs from torch's operations" in caplog.text
 
