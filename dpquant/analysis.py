@@ -82,29 +82,34 @@ def estimate(
     probed: Mapping[str, float] | None,
     moments: ReleasedMoments | None,
     module: nn.Module,
-    format: Any,
+    policies: Mapping[str, Mapping[str, str]],
     *,
     noise_std: float,
     expected_batch_size: int,
 ) -> dict[str, float] | None:
-    """The sensitivities that the schedule uses, by layer: post-processing of what was released.
+    """The sensitivities that the schedule uses, by policy: post-processing of what was released.
 
     Args:
         settings: whose ``estimator`` says what is used: probes, released gradients, or both.
         probed: smoothed results of the probes; None where there was none.
         moments: of the released gradients; None where none are kept.
         module: the private module, for its weights.
-        format: what layers are quantized to.
+        policies: name to one layer and its format.
         noise_std: of each element of the released mean gradients.
         expected_batch_size: of the training steps.
 
     Returns:
-        Sensitivities by layer; None while nothing is known yet.
+        Sensitivities by policy name; None while nothing is known yet.
     """
     seen = None if probed is None else dict(probed)
     if settings.estimator == "probe" or moments is None or moments.steps < 2:
         return seen
-    free = loss_impacts(
-        moments, weight_errors(module, format), noise_std=noise_std, expected_batch_size=expected_batch_size
-    )
+    formats = {fmt for policy in policies.values() for fmt in policy.values()}
+    impacts = {
+        fmt: loss_impacts(
+            moments, weight_errors(module, fmt), noise_std=noise_std, expected_batch_size=expected_batch_size
+        )
+        for fmt in formats
+    }
+    free = {name: impacts[fmt][layer] for name, policy in policies.items() for layer, fmt in policy.items()}
     return free if seen is None else combine(seen, free)

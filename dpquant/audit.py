@@ -158,7 +158,7 @@ def release(training: train.Training, mechanism: Mechanism, root: int) -> tuple[
         root: of every random stream of this repetition.
     """
     engine = training.engine
-    engine.load_state({"root": root, "epoch": 0, "sensitivities": None, "ledger": ""})
+    engine.load_state({"root": root, "epoch": 0, "seconds": [], "sensitivities": None, "ledger": ""})
     epoch = next(engine.epochs())
     if mechanism == "analysis":
         if epoch.sensitivities is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emulation.errors import InputError, suggestion
-from hwmodels.fields import Anything, Field, Fields, Flag, Number, Table, Text, json_schema, problems
+from hwmodels.fields import Anything, Field, Fields, Flag, Items, Number, OneOf, Table, Text, json_schema, problems
 from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
 
 # The order of lookup: beside the package in a checkout, inside it in an install.
@@ -56,11 +56,14 @@ SPECIFICATION = Fields(
                 "basis": Text(choices=("peak", "calibrated"), doc="what speedup is modelled on", required=False),
             }
         ),
-        "format": Text(doc="number format or preset of the quantized layers"),
+        "format": OneOf(
+            options=(Text(), Items(item=Text(), minimum=1)),
+            doc="number format or preset of the quantized layers; of a list, a ladder, each layer takes one",
+        ),
         "schedule": Fields(
             entries={
                 "scheduler": Text(choices=("full", "static", "pls", "dpquant")),
-                "target_speedup": Number(minimum=1, doc="modelled speedup of every epoch", required=False),
+                "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),
                 "beta": Number(minimum=0, doc="the draw's weights are softmax(-beta * sensitivity)", required=False),
             }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Epoch:
         plan: layer name -> number format; the layers that are not in it run in full precision.
         estimate: modelled time, energy and memory of one step under the plan, analyses not included.
         speedup: modelled speedup over full precision, the analyses' time included.
-        sensitivities: layer name -> smoothed private loss impact that the draw used; None where none was released.
+        sensitivities: layer name (with several formats ``layer:format``) -> smoothed private loss impact that the
+            draw used; None where none was released.
         analysed: whether a sensitivity analysis ran at the start of this epoch.
         analysis_wall_s: how long that took on this machine.
     """
@@ -60,9 +61,10 @@ class DPQuantEngine:
 
     Args:
         hardware: name or path of a hardware profile, or a profile.
-        target_speedup: modelled speedup over full-precision private training that every epoch must meet; or
+        target_speedup: modelled speedup over full-precision private training that the whole run must meet, its
+            analyses included: an epoch that does more leaves less to those after it; or
         fraction: share of the quantizable layers to quantize in every epoch.
-        format: number format or preset of the quantized layers.
+        format: number format or preset of the quantized layers; of several, a ladder, each layer takes one.
         scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
             epoch) or ``dpquant`` (a draw per epoch that prefers layers the private analysis found insensitive).
         beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity),
@@ -89,7 +91,7 @@ class DPQuantEngine:
         hardware: str | HardwareProfile = "b200",
         target_speedup: float | None = None,
         fraction: float | None = None,
-        format: str = "luq_fp4",
+        format: str | Sequence[str] = "luq_fp4",
         scheduler: str = "dpquant",
         beta: float = 200.0,
         analysis: sensitivity.AnalysisSettings | None = None,
@@ -119,7 +121,10 @@ class DPQuantEngine:
                 hint="use accumulate='float32'",
             )
         self._unit = self.profile.matrix_unit or "float32" if accumulate == "hardware" else "float32"
-        self.format, self.scheduler, self.beta = format, scheduler, beta
+        self.formats = (format,) if isinstance(format, str) else tuple(dict.fromkeys(format))
+        if not self.formats:
+            raise InputError("format=[] holds no format", hint="such as 'nvfp4', or ['fp8', 'nvfp4']")
+        self.scheduler, self.beta = scheduler, beta
         self.target_speedup, self.fraction = target_speedup, fraction
         self.analysis = analysis or sensitivity.AnalysisSettings()
         self.accountant = accountant
@@ -132,6 +137,7 @@ class DPQuantEngine:
         self.step = self.epoch = 0
         self.sensitivities: dict[str, float] | None = None
         self._probed: dict[str, float] | None = None
+        self._seconds: list[float] = []  # modelled, of every epoch's steps so far
         self._moments: ReleasedMoments | None = None
 
     # --- before training
@@ -192,7 +198,9 @@ class DPQuantEngine:
         self._plan_noise(target_epsilon, noise_multiplier)
         if self.keep_freed_memory and next(module.parameters()).device.type == "cpu":
             allocator.keep_freed_memory()
-        private = clip.private_module(layers.quantize_model(module, self.format, unit=self._unit), clipping=clipping)
+        private = clip.private_module(
+            layers.quantize_model(module, self.formats[0], unit=self._unit), clipping=clipping
+        )
         self._module = module
         self._criterion = clip.private_criterion(criterion)
         self._optimizer = AccountedOptimizer(
@@ -261,7 +269,7 @@ class DPQuantEngine:
         self.modelled = ModelledRun(
             workload=trace(module, example.unsqueeze(0), self.expected_batch_size),
             profile=self.profile,
-            format=self.format,
+            formats=self.formats,
             basis=self.basis,
             clipping=clipping,
             analysis=self.analysis,
@@ -315,20 +323,23 @@ class DPQuantEngine:
             if analysed:
                 self._probed = self._analyse()
             self.sensitivities = self.processes.broadcast(self._estimate())
-            self._plan = plan = self._draw()
+            del self._seconds[self.epoch :]
+            end = min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
+            self._plan = plan = self._draw(end)
+            estimate = self.estimate(plan)
+            self._seconds.append((end - self.step) * estimate.step_s)
             self.processes.agree("the schedule", self.epoch, self.step, dict(plan), self.sensitivities)
             self.processes.agree("the model", tensors=self._module.parameters())
             yield Epoch(
                 index=self.epoch,
                 plan=plan,
-                estimate=self.estimate(plan),
+                estimate=estimate,
                 speedup=self.speedup(plan),
                 sensitivities=self.sensitivities,
                 analysed=analysed,
                 analysis_wall_s=time.perf_counter() - started if analysed else 0.0,
             )
-            self.epoch += 1
-            self.step = min(self.epoch * self.steps_per_epoch, self.last_step)
+            self.epoch, self.step = self.epoch + 1, end
 
     def estimate(self, plan: Mapping[str, str], basis: Basis | None = None) -> cost.Estimate:
         """Modelled time, energy and memory of one step under ``plan``, analyses not included."""
@@ -339,6 +350,11 @@ class DPQuantEngine:
         return self.modelled.speedup(plan, basis)
 
     @property
+    def format(self) -> str:
+        """The number format of the quantized layers; several with a ``+`` between."""
+        return "+".join(self.formats)
+
+    @property
     def ledger(self) -> privacy.PrivacyLedger:
         """Everything spent so far, in order."""
         return self.spending.ledger
@@ -347,25 +363,24 @@ class DPQuantEngine:
         """Epsilon of everything spent so far, analyses included, at ``delta`` (default: the target's)."""
         return privacy.epsilon(self.ledger, self.delta if delta is None else delta, self.accountant)
 
-    def _draw(self) -> planner.PrecisionPlan:
-        names = self.workload.quantizable
+    def _draw(self, end: int) -> planner.PrecisionPlan:
         order = schedule.draw_order(
             self.scheduler,
-            names,
+            tuple(self.modelled.policies),
             sensitivities=self.sensitivities,
             beta=self.beta,
             epoch=self.epoch,
             seed=stream_seed(self._root, "schedule"),
         )
-        if self.scheduler == "full":
-            chosen = planner.fraction((), self.format, 0.0)
-        elif self.fraction is not None:
-            chosen = planner.fraction(order, self.format, self.fraction)
-        else:
-            assert self.target_speedup is not None
-            chosen = self.modelled.fill(order, self.target_speedup)
-        # by the name that was asked for: a preset says more than the format it is timed as
-        return planner.PrecisionPlan(formats=dict.fromkeys(chosen, self.format))
+        if self.target_speedup is None:
+            return self.modelled.fraction(order, self.fraction or 0.0)
+        return self.modelled.meet(
+            order,
+            self.target_speedup,
+            steps=end,
+            steps_done=self.step,
+            seconds_done=math.fsum(self._seconds),
+        )
 
     # --- stopping and going on
 
@@ -374,6 +389,7 @@ class DPQuantEngine:
         return {
             "root": self._root,
             "epoch": epochs_done,
+            "seconds": self._seconds[:epochs_done],
             "sensitivities": self._probed,
             "moments": None if self._moments is None else vars(self._moments),
             "ledger": self.ledger.to_json_lines(),
@@ -386,11 +402,12 @@ class DPQuantEngine:
         self._root, self.epoch = state["root"], state["epoch"]
         self.step = self.epoch * self.steps_per_epoch
         self._probed = self.sensitivities = state["sensitivities"]
+        self._seconds = list(state["seconds"])
         moments = state.get("moments")
         self._moments = None if moments is None else ReleasedMoments(**moments)
         self.spending.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
         self._same_arithmetic = state.get("arithmetic") == self._arithmetic()
-        self.last_step = state.get("last_step", self.last_step)
+        self._end_at(state.get("last_step", self.last_step))
 
     def write_ahead(self, written: privacy.PrivacyLedger, append: Callable[[privacy.PrivacyEvent], object]) -> None:
         """Has every event durably recorded by ``append`` before its noise is drawn.
@@ -425,13 +442,20 @@ class DPQuantEngine:
             return
         due = sum(self._due(epoch) for epoch in range(self.epoch, self.epochs_planned))
         reserved = self.ledger.record(self.analysis_event(due)) if due else self.ledger
-        self.last_step = self.step + privacy.steps_within(
+        affordable = privacy.steps_within(
             reserved,
             self._training_event(self.last_step - self.step),
             target_epsilon=self.target_epsilon,
             target_delta=self.delta,
             accountant=self.accountant,
         )
+        self._end_at(self.step + affordable)
+
+    def _end_at(self, last_step: int) -> None:
+        """Ends the run there: what analyses are left count against the speedup of the steps that are left."""
+        self.last_step = last_step
+        analyses = sum(self._due(epoch) for epoch in range(-(-last_step // self.steps_per_epoch)))
+        self.modelled = replace(self.modelled, steps=max(1, last_step), analyses=analyses)
 
     def _training_event(self, steps: int) -> privacy.PrivacyEvent:
         return privacy.PrivacyEvent(
@@ -462,7 +486,7 @@ class DPQuantEngine:
         )
 
     def _analyse(self) -> dict[str, float]:
-        """One private analysis of every single-layer policy, smoothed over the earlier ones."""
+        """One private analysis of every policy, smoothed over the earlier ones."""
         event = self.analysis_event(1)
         sampling = stream(self._root, "analysis-sampling", self.epoch)
         chosen = poisson_draw(self._examples, event.sample_rate, sampling)
@@ -472,13 +496,13 @@ class DPQuantEngine:
             self._losses,
             chosen,
             lambda part: self._loader.collate_fn(self._loader.dataset.__getitems__(part.tolist())),  # type: ignore[attr-defined]
-            sensitivity.single_layer_policies(self.workload.quantizable, self.format),
+            list(self.modelled.policies.values()),
             self.analysis,
             stream(self._root, "analysis-noise", self.epoch),
             max_grad_norm=self._max_grad_norm,
             processes=self.processes,
         )
-        now = dict(zip(self.workload.quantizable, released.tolist(), strict=True))
+        now = dict(zip(self.modelled.policies, released.tolist(), strict=True))
         return sensitivity.smooth(self._probed, now, self.analysis.decay)
 
     def _observe(self, optimizer: object) -> None:
@@ -493,7 +517,7 @@ class DPQuantEngine:
             self._probed,
             self._moments,
             self._module,
-            self.format,
+            self.modelled.policies,
             noise_std=noise_std,
             expected_batch_size=self.expected_batch_size,
         )

@@ -1,14 +1,18 @@
-"""What the hardware model says of a run: its steps, its analyses, and which layers meet a target."""
+"""What the hardware model says of a run: its steps, its analyses, and which layers meet its target."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from dpquant.sensitivity import AnalysisSettings
-from hwmodels import cost, planner
+from dpquant.sensitivity import AnalysisSettings, layer_policies
+from emulation.formats import get_format
+from hwmodels import cost, ladder, planner
 from hwmodels.profile import Basis, HardwareProfile
+from hwmodels.step import StepOptions
 from hwmodels.workload import Workload
 
 
@@ -19,7 +23,7 @@ class ModelledRun:
     Attributes:
         workload: of one step at its expected batch size.
         profile: the chip.
-        format: number format or preset of the quantized layers.
+        formats: number formats or presets that layers may be quantized to, one each.
         basis: ``peak`` or ``calibrated``.
         clipping: how per-example gradients are clipped.
         analysis: settings of the sensitivity analyses.
@@ -30,13 +34,20 @@ class ModelledRun:
 
     workload: Workload
     profile: HardwareProfile
-    format: str
+    formats: Sequence[str]
     basis: Basis
     clipping: str
     analysis: AnalysisSettings
     analyses: int
     expected_batch_size: int
     steps: int
+
+    @cached_property
+    def policies(self) -> dict[str, Mapping[str, str]]:
+        """What is drawn and analysed: every layer alone in every format, but for the one that it has anyway."""
+        baseline = get_format(StepOptions().baseline)
+        rungs = [fmt for fmt in self.formats if get_format(fmt) != baseline] or list(self.formats)
+        return layer_policies(self.workload.quantizable, rungs)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -46,17 +57,19 @@ class ModelledRun:
         """Modelled time, energy and memory of one step under ``plan``, analyses not included."""
         return cost.estimate(self.workload, plan, self.profile, basis=basis or self.basis, **self._options)
 
-    def analysis_s_per_step(self, basis: Basis | None = None) -> float:
-        """Modelled seconds of the planned analyses, spread over all steps."""
-        if not self.analyses:
-            return 0.0
+    def analysis_s(self, basis: Basis | None = None) -> float:
+        """Modelled seconds of one sensitivity analysis."""
         basis = basis or self.basis
-        policies, expected = len(self.workload.quantizable), self.analysis.expected_batch_size
+        policies, expected = len(self.policies), self.analysis.expected_batch_size
         seconds = planner.analysis_seconds(self.workload, self.profile, policies, expected, basis=basis)
         if self.analysis.probe == "training":
             share = expected / self.expected_batch_size
             seconds += (policies + 1) * self.analysis.probe_steps * share * self.estimate({}, basis).step_s
-        return seconds * self.analyses / self.steps
+        return seconds
+
+    def analysis_s_per_step(self, basis: Basis | None = None) -> float:
+        """Modelled seconds of the planned analyses, spread over all steps."""
+        return self.analysis_s(basis) * self.analyses / self.steps if self.analyses else 0.0
 
     def speedup(self, plan: Mapping[str, str], basis: Basis | None = None) -> float:
         """Modelled speedup of ``plan`` over full precision, the analyses' time spread over all steps."""
@@ -67,18 +80,43 @@ class ModelledRun:
         """The most that quantizing any set of layers can reach."""
         seconds, basis = self.analysis_s_per_step(basis), basis or self.basis
         return planner.reach(
-            self.workload, self.profile, self.format, analysis_s_per_step=seconds, basis=basis, **self._options
+            self.workload, self.profile, self.formats, analysis_s_per_step=seconds, basis=basis, **self._options
         )
 
-    def fill(self, order: Sequence[str], target_speedup: float) -> planner.PrecisionPlan:
-        """Layers in the given order until the modelled epoch meets the target."""
-        return planner.fill(
+    def fraction(self, order: Sequence[str], fraction: float) -> planner.PrecisionPlan:
+        """The first ``fraction`` of the layers by count, each in the format that it was first drawn with."""
+        first: dict[str, str] = {}
+        for layer, fmt in self._choices(order):
+            first.setdefault(layer, fmt)
+        count = round(fraction * len(self.workload.quantizable))
+        return planner.PrecisionPlan(formats=dict(list(first.items())[:count]))
+
+    def meet(
+        self, order: Sequence[str], target_speedup: float, *, steps: int, steps_done: int, seconds_done: float
+    ) -> planner.PrecisionPlan:
+        """The plan of an epoch at whose end all steps so far meet the target speedup, and hardly exceed it.
+
+        Layers are of finite size, so an epoch does more than the target; the next ones do less by as much.
+
+        Args:
+            order: names of policies, as they were drawn.
+            target_speedup: over full precision, the analyses' time spread over all steps.
+            steps: taken when the epoch ends.
+            steps_done: taken when it starts.
+            seconds_done: modelled seconds of those, analyses not included.
+        """
+        analysis_s = self.analysis_s_per_step()
+        seconds_done += analysis_s * steps_done
+        target = planner.remaining_target(target_speedup, self.estimate({}).step_s, steps, steps_done, seconds_done)
+        return ladder.climb(
             self.workload,
             self.profile,
-            order,
-            self.format,
-            target_speedup,
-            analysis_s_per_step=self.analysis_s_per_step(),
+            self._choices(order),
+            min(target, sys.float_info.max),
+            analysis_s_per_step=analysis_s,
             basis=self.basis,
             **self._options,
         )
+
+    def _choices(self, order: Sequence[str]) -> list[tuple[str, str]]:
+        return [choice for name in order for choice in self.policies[name].items()]

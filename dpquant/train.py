@@ -91,7 +91,8 @@ def prepare(
     with config.at("hardware", "profile"):
         profile = load_profile(config["hardware"]["profile"])
     with config.at("format"):
-        layer_precision(config["format"])
+        for fmt in [config["format"]] if isinstance(config["format"], str) else config["format"]:
+            layer_precision(fmt)
     with config.at("schedule", "target_speedup"):
         engine = DPQuantEngine(
             hardware=profile,

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dpquant import privacy
 from dpquant.analysis import probe
 from dpquant.engine import DPQuantEngine
-from dpquant.sensitivity import AnalysisSettings, loss_differences, single_layer_policies
+from dpquant.sensitivity import AnalysisSettings, layer_policies, loss_differences
 from emulation.layers import quantize_model
 
 SIZE, BATCH = 96, 16
@@ -119,7 +119,7 @@ def test_a_training_probe_is_charged_its_time():
 
 def test_a_sample_in_parts_releases_what_it_would_whole():
     module, examples = quantize_model(network()), data()
-    policies = single_layer_policies(["0", "4"], "luq_fp4")
+    policies = list(layer_policies(["0", "4"], ["luq_fp4"]).values())
     settings = AnalysisSettings(expected_batch_size=10, noise_multiplier=0.0, max_norm=0.05)
 
     def losses(module, batch):

@@ -11,9 +11,9 @@ from dpquant.privacy import PrivacyEvent
 from dpquant.sensitivity import (
     AnalysisSettings,
     clip_rows,
+    layer_policies,
     loss_differences,
     release,
-    single_layer_policies,
     smooth,
 )
 from emulation.errors import InputError
@@ -49,7 +49,7 @@ def examples(count, seed=0):
     return torch.randn(count, 1, 6, 6, generator=generator), torch.randint(5, (count,), generator=generator)
 
 
-POLICIES = single_layer_policies(["conv", "fc"], "luq_fp4")
+POLICIES = list(layer_policies(["conv", "fc"], ["luq_fp4"]).values())
 
 
 def test_differences_are_the_losses_of_each_policy_minus_full_precision(net):

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpquant import clipping
-from dpquant.sensitivity import single_layer_policies
+from dpquant.sensitivity import layer_policies
 from dpquant.training_probe import clip_vector, release_aggregate, training_differences
 from emulation.errors import InputError
 from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
 
-POLICIES = [*single_layer_policies(["0", "3"], "fp8"), {}]
+POLICIES = [*layer_policies(["0", "3"], ["fp8"]).values(), {}]
 OPTIONS = {"steps": 3, "learning_rate": 0.5, "max_grad_norm": 0.7, "expected_batch_size": 10}
 
 
