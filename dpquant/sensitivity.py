@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dpquant.prefix import SharedPrefix
 from dpquant.privacy import PrivacyEvent
+from emulation import layers
 from emulation.errors import InputError, suggestion
 
 Estimator = Literal["probe", "released", "both"]
@@ -115,6 +118,9 @@ def loss_differences(
 ) -> Tensor:
     """What each policy adds to the loss of each example: forward passes only, in evaluation mode.
 
+    At most P + 1 of them: under emulation's own ``set_plan``, layers ahead of a policy's first quantized one are not
+    computed again (:class:`dpquant.prefix.SharedPrefix`).
+
     Parameters, gradients, buffers, optimizer, train/eval flags and the global random state of CPU and CUDA are as
     before when this returns or raises; Opacus's hooks see nothing, for no graph is built.
 
@@ -132,7 +138,8 @@ def loss_differences(
     Raises:
         InputError: ``per_example_loss`` did not return one loss per example.
     """
-    switch = set_plan if set_plan is not None else _emulation_set_plan()
+    switch = set_plan or layers.set_plan
+    present = layers.quantizable_layers(module)
 
     def losses(plan: Policy) -> Tensor:
         switch(module, plan)
@@ -143,11 +150,19 @@ def loss_differences(
             )
         return found.detach().to("cpu", torch.float64)
 
+    def changed(policy: Policy) -> set[nn.Module]:
+        if set_plan is not None:  # who knows what it switches
+            return set(module.modules())
+        return {present[name] for name in policy if name in present}
+
     with undisturbed(module), torch.no_grad():
         module.eval()
         try:
-            base = losses({})
-            columns = [losses(policy) - base for policy in policies]
+            prefix = SharedPrefix(module)
+            base = prefix.record(partial(losses, {}))
+            columns = [base] * len(policies)
+            for index in sorted(range(len(policies)), key=lambda i: prefix.first_call(changed(policies[i]))):
+                columns[index] = prefix.run(partial(losses, policies[index]), changed(policies[index])) - base
         finally:
             switch(module, restore or {})
     return torch.stack(columns, dim=1) if columns else base.new_empty((len(base), 0))
@@ -201,12 +216,6 @@ def smooth(previous: Mapping[str, float] | None, released: Mapping[str, float], 
     """The exponential moving average after ``released``, by layer: post-processing. The first release starts it."""
     past = released if previous is None else previous
     return {name: decay * past[name] + (1 - decay) * value for name, value in released.items()}
-
-
-def _emulation_set_plan() -> Callable[[nn.Module, Policy], object]:
-    from emulation import set_plan
-
-    return set_plan  # type: ignore[no-any-return, unused-ignore]
 
 
 @contextmanager
