@@ -17,6 +17,14 @@ from dpquant.resnet import BasicBlock, Bottleneck, DenseNet, ResNet, group_norm
 from dpquant.transformers import Bert, Gpt2, SequenceClassifier, VisionTransformer
 from emulation.errors import InputError, suggestion
 
+NORMS: Mapping[str, bool] = MappingProxyType({"group": True, "none": False})
+
+
+def _chosen(option: str, value: str, allowed: Mapping[str, Any]) -> Any:
+    if value not in allowed:
+        raise InputError(f"unknown {option}={value!r}", hint=suggestion(value, allowed))
+    return allowed[value]
+
 
 class SmallCNN(nn.Module):
     """Stages of 3x3 convolutions with GroupNorm, each stage closed by 2x2 pooling, then two linear layers.
@@ -27,6 +35,8 @@ class SmallCNN(nn.Module):
         image_size: height and width of the image; halved by every stage.
         num_classes: width of the output.
         in_channels: channels of the image.
+        activation: ``relu`` or ``tanh``.
+        norm: ``group`` (after every convolution) or ``none``.
     """
 
     def __init__(
@@ -37,15 +47,19 @@ class SmallCNN(nn.Module):
         image_size: int,
         num_classes: int = 10,
         in_channels: int = 1,
+        activation: str = "relu",
+        norm: str = "group",
     ) -> None:
         super().__init__()
+        self.activation = _chosen("activation", activation, {"relu": F.relu, "tanh": torch.tanh})
+        normed = _chosen("norm", norm, NORMS)
         self.stages = tuple(len(stage) for stage in stages)
         side, channels = image_size, in_channels
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for stage in stages:
             for width in stage:
                 self.convs.append(nn.Conv2d(channels, width, 3, padding=1))
-                self.norms.append(group_norm(width))
+                self.norms.append(group_norm(width) if normed else nn.Identity())
                 channels = width
             side //= 2
         if side < 1:
@@ -58,22 +72,29 @@ class SmallCNN(nn.Module):
         layer = 0
         for depth in self.stages:
             for _ in range(depth):
-                x = F.relu(self.norms[layer](self.convs[layer](x)))
+                x = self.activation(self.norms[layer](self.convs[layer](x)))
                 layer += 1
             x = F.max_pool2d(x, 2)
-        logits: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+        logits: Tensor = self.fc2(self.activation(self.fc1(torch.flatten(x, 1))))
         return logits
 
 
 class TanhCNN(nn.Module):
-    """Tramer and Boneh's end-to-end CNN for 28x28 images (arXiv 2011.11660, table 6), with GroupNorm and tanh."""
+    """Tramer and Boneh's end-to-end CNN for 28x28 images (arXiv 2011.11660, table 6), with tanh.
 
-    def __init__(self, *, num_classes: int = 10, in_channels: int = 1) -> None:
+    Args:
+        num_classes: width of the output.
+        in_channels: channels of the image.
+        norm: ``group`` (GroupNorm after the convolutions) or ``none``, as they have it.
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 1, norm: str = "group") -> None:
         super().__init__()
+        normed = _chosen("norm", norm, NORMS)
         self.conv1 = nn.Conv2d(in_channels, 16, 8, 2, padding=2)
-        self.norm1 = nn.GroupNorm(4, 16)
+        self.norm1 = nn.GroupNorm(4, 16) if normed else nn.Identity()
         self.conv2 = nn.Conv2d(16, 32, 4, 2)
-        self.norm2 = nn.GroupNorm(4, 32)
+        self.norm2 = nn.GroupNorm(4, 32) if normed else nn.Identity()
         self.fc1 = nn.Linear(32 * 4 * 4, 32)
         self.fc2 = nn.Linear(32, num_classes)
 
@@ -145,9 +166,11 @@ class _Shapes(TorchFunctionMode):
     """Leaves tensors on the meta device unfilled: there torch's ``normal_`` first imports a compiler, for a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.normal_ and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if func in (Tensor.normal_, nn.init.normal_) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
 
 
 def example_input(name: str, shape: tuple[int, ...] | None = None) -> Tensor:

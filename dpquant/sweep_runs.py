@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ def train_sweep(
     *,
     jobs: int = 1,
     backend: str = "loky",
+    time_limit: float | None = None,
     started: Callable[[int], None] = lambda count: None,
     ended: Callable[[SweepResult], None] = lambda result: None,
 ) -> dict[str, SweepResult]:
@@ -41,15 +43,18 @@ def train_sweep(
         jobs: runs at the same time; -1 for one per core.
         backend: joblib's, for more than one job. ``dask`` and ``ray`` take their scheduler's address from their own
             settings (``DASK_SCHEDULER_ADDRESS``, ``RAY_ADDRESS``) and need ``root`` on a file system all workers share.
+        time_limit: seconds after which no run is started and those under way stop at the end of their epoch, to be
+            gone on with by the next call.
         started: told how many runs already had a result.
         ended: told each result as it comes.
 
     Returns:
-        Name of a run -> its result, in the sweep's order.
+        Name of a run -> its result, in the sweep's order; without the runs that the time limit left.
 
     Raises:
         InputError: ``root`` cannot be written, is in use, or holds results of other configurations.
     """
+    deadline = math.inf if time_limit is None else time.time() + time_limit
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,11 +68,11 @@ def train_sweep(
         left = [run for run in sweep.runs if run.name not in results]
         write_results(path, results.values())  # without what is tried again, and without a line that was cut short
         started(len(sweep.runs) - len(left))
-        for result in _trained(left, root, jobs, backend):
+        for result in _trained(left, root, jobs, backend, deadline):
             results[result.name] = result
             append_result(path, result)
             ended(result)
-        ordered = {run.name: results.pop(run.name) for run in sweep.runs} | results
+        ordered = {run.name: results.pop(run.name) for run in sweep.runs if run.name in results} | results
         write_results(path, ordered.values())
     return ordered
 
@@ -79,19 +84,20 @@ def _check_same(sweep: Sweep, known: Mapping[str, SweepResult], path: Path) -> N
             raise InputError(f"holds {run.name} of another configuration", hint=hint, file=path)
 
 
-def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str) -> Iterator[SweepResult]:
+def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str, deadline: float) -> Iterator[SweepResult]:
     if not runs or (jobs == 1 and backend in ("loky", "threading")):
-        yield from (run_result(run, root) for run in runs)
+        yield from (result for run in runs if (result := run_result(run, root, deadline)) is not None)
         return
     import joblib
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    tasks = [joblib.delayed(run_result)(run, root) for run in runs]
+    tasks = [joblib.delayed(run_result)(run, root, deadline) for run in runs]
     # ray's backend hands nothing out before everything is done
     order = "list" if backend == "ray" else "generator_unordered"
     try:
         with _cluster(backend, jobs), joblib.parallel_config(backend=backend, n_jobs=jobs):
-            yield from joblib.Parallel(return_as=order, batch_size=1, pre_dispatch="all")(tasks)
+            found = joblib.Parallel(return_as=order, batch_size=1, pre_dispatch="all")(tasks)
+            yield from (result for result in found if result is not None)
     except TerminatedWorkerError as error:
         message = "a process that trained was ended from outside, for memory perhaps; fewer --jobs need less"
         raise OSError(f"{message}; the same command goes on with what is left") from error
@@ -121,8 +127,14 @@ def _cluster(backend: str, jobs: int) -> Iterator[None]:
     yield
 
 
-def run_result(run: SweepRun, root: Path) -> SweepResult:
-    """Trains one run, or goes on with one that was stopped; whatever fails in it is said in the result."""
+def run_result(run: SweepRun, root: Path, deadline: float = math.inf) -> SweepResult | None:
+    """Trains one run, or goes on with one that was stopped; whatever fails in it is said in the result.
+
+    Returns:
+        Its result; None where the deadline came first.
+    """
+    if time.time() >= deadline:
+        return None
     shared: dict[str, Any] = {"name": run.name, "settings": run.settings, "seed": run.seed, "digest": run.config.digest}
     kept = root / run.name / "result.json"
     started = time.perf_counter()
@@ -130,8 +142,10 @@ def run_result(run: SweepRun, root: Path) -> SweepResult:
         earlier = read_results(kept).get(run.name)
         if earlier is not None and earlier.digest == run.config.digest:
             return earlier
-        result = SweepResult(**shared, status="done", versions=versions(), **_measured(run, root / run.name))
+        result = SweepResult(**shared, status="done", versions=versions(), **_measured(run, root / run.name, deadline))
         write_atomic(kept, result.to_json().encode() + b"\n")
+    except _OutOfTime:
+        return None
     except Exception as error:  # one run's end is not the sweep's
         line = " ".join(str(error).split())[:500]
         said = line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
@@ -140,7 +154,11 @@ def run_result(run: SweepRun, root: Path) -> SweepResult:
     return result
 
 
-def _measured(run: SweepRun, path: Path) -> dict[str, Any]:
+class _OutOfTime(Exception):
+    """The deadline came before a run's last epoch."""
+
+
+def _measured(run: SweepRun, path: Path, deadline: float) -> dict[str, Any]:
     """Trains what is left of a run; its figures."""
     import torch
 
@@ -159,8 +177,9 @@ def _measured(run: SweepRun, path: Path) -> dict[str, Any]:
         if folder is None:
             _clear_unstarted(path)
             folder = held.enter_context(RunFolder.create(path, config=run.config.data, facts=training.facts))
-        for _ in train(training, folder):
-            pass
+        for record in train(training, folder):
+            if time.time() >= deadline and record.epoch < training.facts.epochs:
+                raise _OutOfTime
         records = folder.records()
     summary = summarize(training.facts, records)
     device = run.config["training"]["device"]

@@ -53,7 +53,9 @@ def test_parameters_are_those_of_torchvision(name: str) -> None:
         ("vit_b_16", {"num_classes": 1000}, 86_567_656),  # torchvision's vit_b_16
         ("bert_base", {"num_classes": 2}, 109_482_240 + 2 * 769),  # the encoder with its pooler, and a classifier
         ("gpt2", {}, 124_439_808 + 50257 * 768),  # the 124M model, its output layer untied
-        ("fashion_cnn", {}, 26_010 + 96),  # Tramer and Boneh's 26,010, and GroupNorm
+        ("fashion_cnn", {"norm": "none"}, 26_010),  # Tramer and Boneh's (arXiv 2011.11660), both of them
+        ("cifar_cnn", {"norm": "none", "activation": "tanh"}, 550_570),
+        ("fashion_cnn", {}, 26_010 + 96),  # and GroupNorm
     ],
 )
 def test_parameter_counts_of_the_others(name: str, options: dict[str, int], parameters: int) -> None:
@@ -119,6 +121,8 @@ def test_stems() -> None:
         (lambda: build_model("resnet18", stem="cifer"), "unknown stem='cifer'", "cifar"),
         (lambda: build_model("resnet18", num_clases=3), "takes no num_clases=3", "num_classes"),
         (lambda: build_model("resnet18", depths=(1,)), "takes no depths", "num_classes"),
+        (lambda: build_model("cifar_cnn", activation="tan"), "unknown activation='tan'", "tanh"),
+        (lambda: build_model("fashion_cnn", norm="grop"), "unknown norm='grop'", "group"),
         (lambda: build_model("digits_cnn", num_classes=0), "num_classes=0", None),
         (lambda: build_model("digits_cnn", image_size=2), "image_size=2 is too small", None),
         (lambda: build_model("vit_b_16", image_size=30), "image_size=30", None),

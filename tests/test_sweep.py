@@ -7,8 +7,10 @@ import os
 import pickle
 import re
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,6 @@ from hypothesis import strategies as st
 
 from dpquant import sweep_runs
 from dpquant.cli import main
-from dpquant.commands.sweep import pace
 from dpquant.config import load_config
 from dpquant.report import summarize
 from dpquant.rundir import load_run, take_lock
@@ -336,13 +337,6 @@ def test_damaged_results(tmp_path: Path, line: str, error: str) -> None:
     assert caught.value.line == 2
 
 
-def test_pace() -> None:
-    assert pace(0, 5, 1.0) == "time left: after the first run"
-    assert pace(2, 4, 20.0) == "6 runs/min, 40 s left"
-    assert pace(1, 3, 1800.0) == "2 runs/h, 1 h 30 min left"
-    assert pace(4, 0, 20.0) == "12 runs/min"
-
-
 # --- training
 
 
@@ -439,6 +433,26 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(
     assert [row["runs"] for row in data["rows"]] == [0, 1, 1]
 
 
+@pytest.mark.parametrize(("jobs", "backend"), [(1, "loky"), (2, "threading")])
+def test_time_limit_stops_between_epochs_and_the_next_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, backend: str
+) -> None:
+    sweep = load_sweep(spec(tmp_path, "seeds: [0, 1]\n"))
+    whole = sweep_runs.train_sweep(sweep, tmp_path / "whole")
+    out = tmp_path / "out"
+    clock = SimpleNamespace(
+        time=lambda: 100.0 if any(out.glob("*/records.jsonl")) else 1.0, perf_counter=time.perf_counter
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_runs, "time", clock)
+        cut = sweep_runs.train_sweep(sweep, out, jobs=jobs, backend=backend, time_limit=50.0)
+    assert cut == read_results(out / "results.jsonl") == {}
+    started = list(out.glob("*/records.jsonl"))
+    assert 1 <= len(started) <= jobs
+    assert all(len(records.read_text().splitlines()) == 1 for records in started)
+    assert figures(sweep_runs.train_sweep(sweep, out, time_limit=1e6)) == figures(whole)
+
+
 def figures(results: Mapping[str, SweepResult]) -> dict[str, Any]:
     return {name: (r.status, r.error, r.accuracy, r.test_loss, r.epsilon) for name, r in results.items()}
 
@@ -530,6 +544,7 @@ def test_dry_run_and_wrong_words(capsys: Capture, tmp_path: Path) -> None:
     path = spec(tmp_path, "seeds: [0, 1]\n")
     assert [row["name"] for row in answer(capsys, "sweep", path, "--dry-run")["rows"]] == ["seed=0", "seed=1"]
     assert "2 runs" in shown(capsys, "sweep", path, "--dry-run")
+    assert "--time-limit 0" in refused(capsys, "sweep", path, "--time-limit", "0")[0]
     assert "--jobs 0" in refused(capsys, "sweep", path, "--jobs", "0")[0]
     error, hint = refused(capsys, "sweep", path, "--backend", "lokky")
     assert "'lokky'" in error
