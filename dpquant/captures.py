@@ -33,13 +33,14 @@ class Tape:
 
     Attributes:
         contributions: what the layers left.
-        clipped: the clipped sums in their place, where a replayed step has them already.
+        clipped: in their place the clipped sums of all the optimizer's parameters in a row, where a step has them
+            already; read at once, for the next step writes there.
         batch_size: examples in the last forward of the whole module; None before one.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.contributions: list[Contribution] = []
-        self.clipped: dict[nn.Parameter, Tensor] | None = None
+        self.clipped: Tensor | None = None
         self.batch_size: int | None = None
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._handles: list[RemovableHandle] = []

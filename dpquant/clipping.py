@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor, nn
 
 from dpquant.captures import Tape, attach, check_private
@@ -151,16 +152,19 @@ class PrivateOptimizer(DPOptimizer):
         if self.tape is None and not isinstance(module, GradSampleModule):
             raise InputError("module is not prepared for private training", hint="wrap it with private_module first")
         self.nonfinite_examples = 0
+        self._row: Tensor | None = None
 
     @property
     def accumulated_iterations(self) -> int:
         """One: several backwards before a step are refused."""
         return 1
 
-    def zero_grad(self, set_to_none: bool = False) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients, and a backward that no step has used."""
         if self.tape is not None:
             self.tape.clear()
+        if not self._is_last_step_skipped:
+            self._row = None
         super().zero_grad(set_to_none)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -179,17 +183,46 @@ class PrivateOptimizer(DPOptimizer):
     @torch.no_grad()
     def clip_and_accumulate(self) -> None:
         """Adds the clipped sum of the examples of the last backward to ``p.summed_grad``, in the parameters' dtype."""
-        if self.tape is not None and self.tape.clipped is not None:
-            sums = self.tape.clipped
+        if any(hasattr(p.summed_grad, "_processed") for p in self.params):
+            raise InputError("optimizer.step() twice on the same noisy gradient", hint="call optimizer.zero_grad()")
+        row = None if self.tape is None else self.tape.clipped
+        if row is not None and all(p.summed_grad is None for p in self.params):
+            self._row = row.clone()
+            for p, part in zip(self.params, self.in_parts(self._row), strict=True):
+                p.summed_grad = part
+        elif row is not None and self._row is not None:
+            self._row += row  # the sums of the parameters are views of it
         else:
-            sums, _ = self.clipped(self._from_grad_samples() if self.tape is None else self.tape.combined())
-        for p in self.params:
-            if hasattr(p.summed_grad, "_processed"):
-                raise InputError("optimizer.step() twice on the same noisy gradient", hint="call optimizer.zero_grad()")
-            addend = sums[p].to(p.dtype) if p in sums else torch.zeros_like(p)
-            p.summed_grad = addend if p.summed_grad is None else p.summed_grad + addend
+            self._row = None
+            if row is not None:
+                sums = dict(zip(self.params, self.in_parts(row), strict=True))
+            else:
+                sums, _ = self.clipped(self._from_grad_samples() if self.tape is None else self.tape.combined())
+            for p in self.params:
+                addend = sums[p].to(p.dtype) if p in sums else torch.zeros_like(p)
+                p.summed_grad = addend if p.summed_grad is None else p.summed_grad + addend
         if self.tape is not None:
             self.tape.clear()
+
+    def in_parts(self, row: Tensor) -> list[Tensor]:
+        """Views of ``row``, all parameters' numbers one after the other, in the parameters' shapes."""
+        parts = row.split([p.numel() for p in self.params])
+        return [part.view(p.shape) for p, part in zip(self.params, parts, strict=True)]
+
+    def add_noise(self) -> None:
+        """Opacus's noise; for sums that lie in a row in one draw."""
+        if self._row is None:
+            super().add_noise()
+            return
+        std = self.noise_multiplier * self.max_grad_norm
+        noise = _generate_noise(std=std, reference=self._row, generator=self.generator, secure_mode=self.secure_mode)
+        for p, part in zip(self.params, self.in_parts(self._row + noise), strict=True):
+            p.grad = part
+            _mark_as_processed(p.summed_grad)
+
+    def scale_grad(self) -> None:
+        """Divides the noisy sums by the expected batch size."""
+        torch._foreach_div_([p.grad for p in self.params], self.expected_batch_size)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def clipped(

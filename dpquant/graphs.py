@@ -41,7 +41,8 @@ class _Batch:
     inputs: Tensor
     targets: Tensor
     taken: Tensor
-    table: KeyTable | None
+    key: Tensor
+    example_ids: Tensor
     graph: torch.cuda.CUDAGraph | None = None
     result: _Result | None = None
 
@@ -72,7 +73,7 @@ class GraphedBackward:
         self._multiple = 1 << max(4, (expected_batch_size // _SIZES_PER_BATCH).bit_length() - 1)
         self._plan: tuple[object, ...] = ()
         self._batches: dict[tuple[object, ...], _Batch] = {}
-        self._refused = False
+        self._refused = len({p.dtype for p in optimizer.params}) > 1
         on_cuda = optimizer.params[0].is_cuda
         self._stream = torch.cuda.Stream() if on_cuda else None
         self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
@@ -98,19 +99,15 @@ class GraphedBackward:
         batch = self._batches.setdefault(key, self._buffers(size, inputs, targets)) if first else self._batches[key]
         self._load(batch, inputs, targets)
         try:
-            result = self._run(batch, first=first)
+            result: _Result | None = self._run(batch, first=first)
         except RuntimeError as error:
             if first or isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._refused = True
+            self._refused, result = True, None
             _log.warning("the step runs without CUDA graphs: %s", str(error).splitlines()[0])
+        if result is None or bool(result.nonfinite):
             return self._as_usual(inputs, targets)
-        if bool(result.nonfinite):
-            return self._as_usual(inputs, targets)
-        sums = result.sums.clone().split([p.numel() for p in self._optimizer.params])  # the next replay writes there
-        shaped = zip(self._optimizer.params, sums, strict=True)
-        self._tape.clipped = {p: s.reshape(p.shape).to(p.dtype) for p, s in shaped}
-        self._tape.batch_size = len(inputs)
+        self._tape.clipped, self._tape.batch_size = result.sums, len(inputs)
         return result.outputs[: len(inputs)].clone(), result.losses[: len(inputs)].mean()
 
     def _keys(self, count: int) -> KeyTable | None:
@@ -140,12 +137,12 @@ class GraphedBackward:
         return outputs.detach(), loss.detach()
 
     def _buffers(self, size: int, inputs: Tensor, targets: Tensor) -> _Batch:
-        keys = self._keys(len(inputs))
         return _Batch(
             inputs=inputs.new_empty(size, *inputs.shape[1:]),
             targets=targets.new_empty(size, *targets.shape[1:]),
             taken=torch.zeros(size, device=inputs.device),
-            table=None if keys is None else keys.resized(size),
+            key=torch.zeros((), dtype=torch.int64, device=inputs.device),
+            example_ids=torch.zeros(size, dtype=torch.int64, device=inputs.device),
         )
 
     def _load(self, batch: _Batch, inputs: Tensor, targets: Tensor) -> None:
@@ -156,8 +153,9 @@ class GraphedBackward:
         batch.taken[:count] = 1.0
         batch.taken[count:] = 0.0
         keys = self._keys(count)
-        if batch.table is not None and keys is not None:
-            batch.table.refresh(keys.resized(len(batch.inputs)))
+        if keys is not None:
+            batch.key.fill_(keys.origin)
+            batch.example_ids[:count] = keys.example_ids
 
     def _run(self, batch: _Batch, *, first: bool) -> _Result:
         if self._stream is None:
@@ -182,7 +180,7 @@ class GraphedBackward:
         params = self._optimizer.params
         self._tape.clear()
         _forget_gradients(params)
-        with self._keyed_by(batch.table):
+        with self._keyed_by(batch):
             outputs = self._module(batch.inputs)
             losses = self._criterion.per_example(outputs, batch.targets)
             losses.sum().backward()
@@ -198,12 +196,14 @@ class GraphedBackward:
         )
 
     @contextmanager
-    def _keyed_by(self, table: KeyTable | None) -> Iterator[None]:
-        if table is None:
+    def _keyed_by(self, batch: _Batch) -> Iterator[None]:
+        """Has the layers derive their keys from the batch's buffers, so that a replay derives its own."""
+        before = self._layers[0].rounding.table if self._layers else None
+        if before is None:
             yield
             return
         rounding = self._layers[0].rounding
-        before, rounding.table = rounding.table, table
+        rounding.table = KeyTable(batch.key, batch.example_ids, before.layers)
         try:
             yield
         finally:

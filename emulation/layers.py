@@ -17,6 +17,7 @@ from emulation.formats import Format
 from emulation.gemms import WeightGradient
 from emulation.precision import PRESETS, WEIGHT_ROLES, LayerPrecision, layer_precision
 from emulation.quantizer import Quantizer
+from emulation.random_bits import chained_key
 
 __all__ = [
     "PRESETS",
@@ -39,35 +40,21 @@ class KeyTable:
     """The rounding keys of one batch: of all layers at once, a role at a time, when a stochastic quantizer first asks.
 
     Args:
-        seed, step, example_ids: what the keys are functions of, as for :func:`set_rounding`.
+        origin: the key of (seed, step), as ``chained_key`` gives it; a 0-d int64 tensor for whoever will change it.
+        example_ids: integers [B].
         layers: number of layers.
     """
 
-    def __init__(self, seed: int, step: int, example_ids: Tensor, layers: int) -> None:
-        self.seed, self.step, self.example_ids = seed, step, example_ids
-        self._layers = layers
+    def __init__(self, origin: int | Tensor, example_ids: Tensor, layers: int) -> None:
+        self.origin, self.example_ids, self.layers = origin, example_ids, layers
         self._rows: dict[int, Tensor] = {}
 
     def row(self, layer: int, role: int, device: torch.device) -> Tensor:
-        """One layer's keys, [B]."""
+        """One layer's keys, [B]: ``derive_keys(seed, step, layer, role, example_ids)``."""
         if role not in self._rows:
-            self._rows[role] = self._derived(role, device)
+            layers = torch.arange(self.layers, device=device).unsqueeze(1)
+            self._rows[role] = derive_keys(self.origin, layers, role, self.example_ids.to(device))
         return self._rows[role][layer]
-
-    def resized(self, size: int) -> KeyTable:
-        """The keys of the same examples, and of as many more (the first one again) as make ``size``."""
-        ids = self.example_ids
-        return KeyTable(self.seed, self.step, torch.cat((ids, ids[:1].expand(size - len(ids)))), self._layers)
-
-    def refresh(self, other: KeyTable) -> None:
-        """Puts the keys of another batch of the same size where those of this one are, for whoever reads them there."""
-        self.seed, self.step, self.example_ids = other.seed, other.step, other.example_ids
-        for role, rows in self._rows.items():
-            rows.copy_(self._derived(role, rows.device))
-
-    def _derived(self, role: int, device: torch.device) -> Tensor:
-        layers = torch.arange(self._layers, device=device).unsqueeze(1)
-        return derive_keys(self.seed, self.step, layers, role, self.example_ids.to(device))
 
 
 @dataclass(frozen=True)
@@ -117,7 +104,7 @@ def set_rounding(module: nn.Module, *, seed: int | None, step: int = 0, example_
     present = quantizable_layers(module).values()
     table = None
     if seed is not None and example_ids is not None and present:
-        table = KeyTable(seed, step, example_ids, 1 + max(layer.index for layer in present))
+        table = KeyTable(chained_key(seed, step), example_ids, 1 + max(layer.index for layer in present))
     for layer in present:
         layer.rounding.seed, layer.rounding.step, layer.rounding.table = seed, step, table
 

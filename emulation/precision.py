@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch
@@ -130,20 +131,21 @@ def _rotated_rows(quantizer: Quantizer, role: int, rows: Tensor, unit: tuple[int
     return quantizer.fake_quantize(by_example, keys=keys(quantizer, role, by_example), axis=2).reshape(rotated.shape)
 
 
-def _rotation(like: Tensor) -> Tensor:
+@lru_cache(maxsize=8)
+def _rotation(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The 16 x 16 orthogonal matrix diag(signs) H / 4, with the signs of NVIDIA's recipe (arXiv 2509.25149)."""
-    h = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    h = torch.ones(1, 1, dtype=dtype)
     for _ in range(int(math.log2(TILE))):
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
-    signs = like.new_tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
-    return signs.unsqueeze(1) * h / 4
+    signs = torch.tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1], dtype=dtype)
+    return (signs.unsqueeze(1) * h / 4).to(device)
 
 
 def rotate(matrices: Tensor) -> Tensor:
     """[N, T, features] -> [N, T padded with zeros to a multiple of 16, features], each 16 rows rotated."""
     padded = F.pad(matrices, (0, 0, 0, -matrices.shape[1] % TILE))
     tiles = padded.unflatten(1, (-1, TILE))
-    return _rotation(matrices).t().matmul(tiles).flatten(1, 2)
+    return _rotation(matrices.dtype, matrices.device).t().matmul(tiles).flatten(1, 2)
 
 
 def _recipe(name: str, forward: Format | str, backward: Format | str | None = None) -> LayerPrecision:

@@ -24,19 +24,23 @@ def _xor_shift(h: Tensor, shift: int, bits: int) -> Tensor:
     return h ^ ((h >> shift) & ((1 << (bits - shift)) - 1))
 
 
-def derive_keys(seed: int, *labels: int | Tensor) -> Tensor:
+def chained_key(seed: int, label: int) -> int:
+    """The seed that stands for (seed, label): ``derive_keys(chained_key(s, a), b) == derive_keys(s, a, b)``."""
+    return _signed(_splitmix_number(seed) + label, 64)
+
+
+def derive_keys(seed: int | Tensor, *labels: int | Tensor) -> Tensor:
     """Independent-looking int64 keys of (seed, labels...), such as (seed, step, layer, role, example ids).
 
     Args:
-        seed: any whole number, taken modulo 2^64.
+        seed: any whole number, taken modulo 2^64; or such numbers, int64.
         labels: whole numbers or int64 tensors, which broadcast together.
 
     Returns:
         int64 keys of the labels' broadcast shape (0-d where every label is a number). A pure function of its arguments,
         by chained SplitMix64 finalizers: the order of the labels counts.
     """
-    device = next((label.device for label in labels if isinstance(label, Tensor)), torch.device("cpu"))
-    key: int | Tensor = seed  # numbers are mixed on the host, up to the first tensor
+    key = seed  # numbers are mixed on the host, up to the first tensor
     for label in labels:
         if isinstance(label, Tensor) and (label.is_floating_point() or label.is_complex()):
             raise InputError(f"key label of dtype={label.dtype}", hint="whole numbers are allowed")
@@ -46,7 +50,7 @@ def derive_keys(seed: int, *labels: int | Tensor) -> Tensor:
         else:
             key = mixed + (label if isinstance(mixed, int) else _signed(label, 64))
     if isinstance(key, int):
-        return torch.tensor(_signed(_splitmix_number(key), 64), dtype=torch.int64, device=device)
+        return torch.tensor(_signed(_splitmix_number(key), 64))
     return _splitmix(key)
 
 

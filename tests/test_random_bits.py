@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emulation.errors import InputError
-from emulation.random_bits import derive_keys, hash_bits, index_products, key_from
+from emulation.random_bits import chained_key, derive_keys, hash_bits, index_products, key_from
 
 CPU = torch.device("cpu")
 
@@ -90,3 +90,11 @@ def test_numbers_and_tensors_of_numbers_give_the_same_keys(seed: int, labels: li
         assert derive_keys(seed, *mixed).reshape(-1).tolist() == derive_keys(seed, *labels).reshape(-1).tolist()
     whole = derive_keys(seed, torch.tensor(0), *labels)  # mixed as tensors from the start
     assert whole.tolist() == derive_keys(seed, 0, *labels).tolist()
+
+
+@given(st.integers(-(2**70), 2**70), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**62))
+def test_a_chained_key_stands_for_its_labels(seed: int, label: int, last: int) -> None:
+    chained = chained_key(seed, label)
+    wanted = derive_keys(seed, label, last)
+    assert derive_keys(chained, last).item() == wanted.item()
+    assert derive_keys(torch.tensor(chained), last).item() == wanted.item()
