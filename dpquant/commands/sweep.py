@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("--backend", default="loky", metavar="NAME", help="of joblib: loky, threading, dask or ray")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda, for all runs, which then share the one GPU")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data set's files, for all runs")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="then stop after the epochs under way; goes on next time"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, train none")
     parser.add_argument("--report", action="store_true", help="show the results there are, train none")
     parser.add_argument("--csv", action="store_true", help="print CSV")
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise InputError("no specification given", hint="dpquant sweep digits_schedulers is the demonstration")
     if args.jobs < 1 and args.jobs != -1:
         raise InputError(f"--jobs {args.jobs} must be at least 1, or -1 for one per core")
+    if args.time_limit is not None and not args.time_limit > 0:
+        raise InputError(f"--time-limit {args.time_limit:g} must be above 0 seconds")
     from dpquant import sweep_runs
     from dpquant.sweep import load_sweep, outcomes
     from dpquant.sweep_results import RESULTS, read_results
@@ -71,7 +76,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if not results:
             raise InputError(f"no results in '{root}'", hint=f"dpquant sweep {args.spec} --out {root}")
     else:
-        results = _train(sweep, root, args.jobs, args.backend, out)
+        results = _train(sweep, root, args, out)
+        if left := len(sweep.runs) - len(results.keys() & {run.name for run in sweep.runs}):
+            out.say(f"time is up: {left} of {len(sweep.runs)} runs are left; the same command goes on with them")
     failures = {run.name: str(results[run.name].error) for run in sweep.runs if _failed(results.get(run.name))}
     _answer(sweep, outcomes(sweep, results), failures, out)
     out.say(f"every run: {root / RESULTS}; one in full: dpquant report {root / sweep.runs[0].name}")
@@ -101,7 +108,7 @@ def pace(done: int, left: int, elapsed_s: float) -> str:
     return f"{rate}, {duration(per_run_s * left)} left" if left else rate
 
 
-def _train(sweep: Sweep, root: Path, jobs: int, backend: str, out: Output) -> dict[str, SweepResult]:
+def _train(sweep: Sweep, root: Path, args: argparse.Namespace, out: Output) -> dict[str, SweepResult]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from dpquant.sweep_runs import train_sweep
@@ -132,7 +139,15 @@ def _train(sweep: Sweep, root: Path, jobs: int, backend: str, out: Output) -> di
                 console.print(line if not hidden else f"{line}; {text}", soft_wrap=True)
 
         try:
-            return train_sweep(sweep, root, jobs=jobs, backend=backend, started=started, ended=ended)
+            return train_sweep(
+                sweep,
+                root,
+                jobs=args.jobs,
+                backend=args.backend,
+                time_limit=args.time_limit,
+                started=started,
+                ended=ended,
+            )
         except KeyboardInterrupt:
             out.say("stopped; the same command goes on with what is left")
             raise
