@@ -1,12 +1,15 @@
-"""Charts as SVG text: lines over epochs and layer-by-epoch maps, coloured by the page's own style, no scripts."""
+"""What is plotted of runs, and the plots as SVG text, coloured by the page's own style, no scripts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from dpquant.render import number
+from dpquant.report import run_names
+from dpquant.rundir import EpochRecord, Run
 
 _WIDTH, _HEIGHT = 440, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 30
@@ -15,12 +18,97 @@ Series = Mapping[str, Sequence[float | None]]
 """Name -> a value per epoch, None where there is none."""
 
 
-def line_chart(series: Series, unit: str, level: tuple[str, float] | None = None) -> str:
-    """Lines over epochs 1, 2, ..., with a dashed level, such as a target, if given; "" for nothing to draw."""
-    values = [v for line in series.values() for v in line if _known(v)] + ([level[1]] if level else [])
-    known = [v for v in values if v is not None]
-    if not any(_known(v) for line in series.values() for v in line):
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Lines over epochs 1, 2, ..."""
+
+    series: Series
+    unit: str
+    level: tuple[str, float] | None = None
+    """A dashed line across and its name, such as a target."""
+
+    @property
+    def values(self) -> list[float]:
+        """All finite values of all lines."""
+        return [v for line in self.series.values() for v in line if v is not None and math.isfinite(v)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shades:
+    """Released sensitivities between the least (0) and the most (1) of a run."""
+
+    low: float
+    high: float
+    shade: Callable[[str, int], float | None]
+    """Of a layer in an epoch (from 0); None where nothing was released."""
+
+
+def run_charts(run: Run) -> list[Chart]:
+    """What one run's report plots over its epochs."""
+    records, facts = run.records, run.facts
+    speedups: dict[str, list[float | None]] = {f"{facts.basis} basis": [r.speedup for r in records]}
+    if any(r.speedup_calibrated is not None for r in records):
+        speedups["calibrated"] = [r.speedup_calibrated for r in records]
+    target = None if facts.target_speedup is None else (f"target {facts.target_speedup:g}x", facts.target_speedup)
+    budget = None if facts.target_epsilon is None else (f"budget {facts.target_epsilon:g}", facts.target_epsilon)
+    spent = {"everything": [r.epsilon for r in records], "analyses alone": [r.epsilon_analysis for r in records]}
+    charts = [
+        Chart(series={"test accuracy": [r.test_accuracy for r in records]}, unit="test accuracy"),
+        Chart(series={"test loss": [r.test_loss for r in records]}, unit="test loss"),
+        Chart(series=spent, unit="epsilon spent", level=budget),
+        Chart(series=speedups, unit="modelled speedup", level=target),
+        Chart(series={"energy": [_energy_share(r) for r in records]}, unit="modelled energy over full precision"),
+    ]
+    return [chart for chart in charts if chart.values]
+
+
+def compared_charts(runs: Sequence[Run]) -> list[Chart]:
+    """What is plotted of several runs, a line for each."""
+    names = run_names(runs)
+
+    def chart(unit: str, value: Callable[[EpochRecord], float | None]) -> Chart:
+        return Chart(series={n: [value(r) for r in run.records] for n, run in zip(names, runs, strict=True)}, unit=unit)
+
+    charts = [
+        chart("test accuracy", lambda r: r.test_accuracy),
+        chart("epsilon spent", lambda r: r.epsilon),
+        chart("modelled speedup", lambda r: r.speedup),
+        chart("modelled energy over full precision", _energy_share),
+    ]
+    return [one for one in charts if one.values]
+
+
+def sensitivity_shades(run: Run) -> Shades | None:
+    """The released sensitivities of a run; None where none were."""
+    released = [v for r in run.records if r.sensitivities for v in r.sensitivities.values() if math.isfinite(v)]
+    if not released:
+        return None
+    low, high = min(released), max(released)
+
+    def shade(layer: str, epoch: int) -> float | None:
+        value = (run.records[epoch].sensitivities or {}).get(layer)
+        if value is None or not math.isfinite(value):
+            return None
+        return (value - low) / (high - low) if high > low else 0.5
+
+    return Shades(low=low, high=high, shade=shade)
+
+
+def _energy_share(record: EpochRecord) -> float | None:
+    if record.energy_joules is None or not record.baseline_energy_joules:
+        return None
+    return record.energy_joules / record.baseline_energy_joules
+
+
+# --- as SVG
+
+
+def line_chart(chart: Chart) -> str:
+    """A chart as a figure with caption and legend; "" for nothing to draw."""
+    if not chart.values:
         return ""
+    series, level = chart.series, chart.level
+    known = chart.values + ([level[1]] if level else [])
     low, high = min(known), max(known)
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
@@ -44,8 +132,8 @@ def line_chart(series: Series, unit: str, level: tuple[str, float] | None = None
         parts.append(f'<polyline class="line s{index % 6}" points="{where}"><title>{escape(name)}</title></polyline>')
         parts += [f'<circle class="dot s{index % 6}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in points]
     legend = "" if len(series) == 1 else _legend(series)
-    caption = escape(f"{unit} by epoch" + (f"; dashed: {level[0]}" if level else ""))
-    drawing = _svg(_WIDTH, _HEIGHT, escape(f"{', '.join(series)}: {unit} by epoch"), parts)
+    caption = escape(f"{chart.unit} by epoch" + (f"; dashed: {level[0]}" if level else ""))
+    drawing = _svg(_WIDTH, _HEIGHT, escape(f"{', '.join(series)}: {chart.unit} by epoch"), parts)
     return f"<figure>{drawing}<figcaption>{caption}</figcaption>{legend}</figure>"
 
 
@@ -102,7 +190,3 @@ def _epoch_ticks(epochs: int) -> list[int]:
     """At most about ten epochs to write under an axis, the first among them."""
     step = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if epochs / s <= 10), 1000)
     return sorted({1, *range(step, epochs + 1, step)} - ({step} if step == 2 else set()))
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

@@ -32,6 +32,15 @@ What a planned run would spend:
 
 All commands: dpquant --help"""
 
+_HELP = """\
+which chip, which format, what speedup, what energy, does it fit, and why?
+  dpquant estimate --help
+what would my run spend, and which noise does it need?
+  dpquant privacy --help
+
+Answers go to stdout, messages to stderr. Exit codes: 0 done, 1 the asked
+condition failed, 2 wrong input, 130 interrupted."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `InputError`s with the nearest allowed name."""
@@ -53,13 +62,16 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The whole command line; torch is imported by none of it."""
-    parser = Parser(prog="dpquant", description="Private training in FP4/FP8, and what it would buy on real chips.")
-    parser.add_argument("--version", action="version", version=f"dpquant {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with every error")
-    common = Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
+    # suppressed: given before a subcommand, an option is not undone by the default of the one behind it
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    form = common.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
+    form.add_argument("--csv", action="store_true", help="print tables as CSV, with full precision")
     common.add_argument("--quiet", "-q", action="store_true", help="no messages on stderr but errors")
-    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="tracebacks with errors")
+    common.add_argument("--debug", action="store_true", help="show a traceback with every error")
+    description = "Private training in FP4/FP8, and what it would buy on real chips."
+    parser = Parser(prog="dpquant", description=description, epilog=_HELP, parents=[common])
+    parser.add_argument("--version", action="version", version=f"dpquant {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in COMMANDS:
         module = importlib.import_module(f"dpquant.commands.{name}")
@@ -110,8 +122,8 @@ def _run(words: list[str]) -> int:
         raise _unknown_argument(parser, words, unknown)
     if args.command is None:
         raise InputError("no command given", hint="see dpquant --help")
-    form = "json" if args.json else "csv" if getattr(args, "csv", False) else "text"
-    code: int = args.run(args, Output(form, args.quiet))
+    form = next((form for form in ("json", "csv") if form in args), "text")
+    code: int = args.run(args, Output(form, "quiet" in args))
     sys.stdout.flush()
     return code
 

@@ -10,7 +10,7 @@ from emulation.errors import InputError
 from emulation.formats import get_format
 from hwmodels.cost import Estimate, StepModel
 from hwmodels.dpsgd import CLIPPINGS
-from hwmodels.memory import peak_memory_bytes
+from hwmodels.memory import memory_parts, peak_memory_bytes
 from hwmodels.planner import PrecisionPlan, fraction, gains
 from hwmodels.profile import HardwareProfile
 from hwmodels.workload import Workload
@@ -29,6 +29,10 @@ class Row:
     quantizable: int
     baseline: Estimate
     """The same step with nothing quantized."""
+    memory_parts: Mapping[str, float]
+    """What peak memory consists of, in bytes."""
+    baseline_memory_parts: Mapping[str, float]
+    """Of the same step with nothing quantized."""
     max_speedup: float
     """With only those layers quantized that gain by it."""
     reached: bool | None
@@ -66,6 +70,8 @@ class Row:
             "basis": estimate.basis,
             "batch_size": estimate.batch_size,
             "step_s": estimate.step_s,
+            "step_low_s": estimate.step_band_s and estimate.step_band_s[0],
+            "step_high_s": estimate.step_band_s and estimate.step_band_s[1],
             "baseline_step_s": estimate.baseline_s,
             "speedup": estimate.speedup,
             "max_speedup": self.max_speedup,
@@ -87,6 +93,7 @@ class Row:
             "usd_per_million_examples": self.usd_per_million_examples,
             "phases": dict(estimate.phases),
             "layers": dict(estimate.layers),
+            "memory_parts": dict(self.memory_parts),
             "notes": list(estimate.notes),
         }
 
@@ -155,6 +162,8 @@ def _row(model: StepModel, baseline: Estimate, name: str, asked: Asked) -> Row:
         plan=plan,
         quantizable=len(workload.quantizable),
         baseline=baseline,
+        memory_parts=memory_parts(workload, model.plan_formats(plan), model.options),
+        baseline_memory_parts=memory_parts(workload, {}, model.options),
         max_speedup=max_speedup,
         reached=None if target is None else estimate.speedup >= target * (1 - 1e-12),
         slower_layers=tuple(layer for layer in workload.quantizable if layer in plan and gain[layer] < 0),

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from dpquant import __version__, report
-from dpquant.charts import layer_map, line_chart
+from dpquant.charts import compared_charts, layer_map, line_chart, run_charts, sensitivity_shades
 from dpquant.render import Table, shown
-from dpquant.rundir import EpochRecord, Run
+from dpquant.rundir import Run
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --rule: #d5dbe1; --cell: #0b5cad;
@@ -56,22 +56,13 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _compared(runs: Sequence[Run]) -> list[str]:
-    names = _names(runs)
-    charts = [
-        line_chart(
-            {n: [r.test_accuracy for r in run.records] for n, run in zip(names, runs, strict=True)}, "test accuracy"
-        ),
-        line_chart({n: [r.epsilon for r in run.records] for n, run in zip(names, runs, strict=True)}, "epsilon spent"),
-        line_chart(
-            {n: [r.speedup for r in run.records] for n, run in zip(names, runs, strict=True)}, "modelled speedup"
-        ),
-    ]
     return [
         "<h2>Side by side</h2>",
         _table(report.comparison(runs)),
         '<p class="soft">Energy is modelled, in percent of full precision; diff. is accuracy against the first run, in '
         "points. One run per setting says little: differences within about a point are usually the seed's.</p>",
-        _charts(charts),
+        _table(report.differing(runs)),
+        _charts([line_chart(chart) for chart in compared_charts(runs)]),
     ]
 
 
@@ -92,7 +83,7 @@ def _one(run: Run, level: int) -> list[str]:
         _schedule(run),
         _sensitivities(run),
         f"<{heading}>Over the epochs</{heading}>",
-        _charts(_curves(run)),
+        _charts([line_chart(chart) for chart in run_charts(run)]),
         f"<{heading}>Privacy</{heading}>",
         f"<p>{escape(report.privacy_statement(facts, summary))}</p>",
         f"<{heading}>Versions</{heading}>",
@@ -113,48 +104,15 @@ def _schedule(run: Run) -> str:
 
 
 def _sensitivities(run: Run) -> str:
-    records = run.records
-    known = [v for r in records if r.sensitivities for v in r.sensitivities.values()]
-    if not known:
+    found = sensitivity_shades(run)
+    if found is None:
         return ""
-    low, high = min(known), max(known)
-
-    def shade(layer: str, epoch: int) -> float | None:
-        released = records[epoch].sensitivities
-        if not released or layer not in released:
-            return None
-        return (released[layer] - low) / (high - low) if high > low else 0.5
-
     caption = (
-        f"Released sensitivity, light {low:.3g} to full {high:.3g}: the loss that quantizing the layer alone adds."
+        f"Released sensitivity, light {found.low:.3g} to full {found.high:.3g}: the loss that quantizing the layer "
+        "alone adds."
     )
-    return layer_map(run.facts.layers, len(records), shade, "Released sensitivities by layer and epoch", caption)
-
-
-def _curves(run: Run) -> list[str]:
-    records, facts = run.records, run.facts
-    speedups: dict[str, list[float | None]] = {f"{facts.basis} basis": [r.speedup for r in records]}
-    if any(r.speedup_calibrated is not None for r in records):
-        speedups["calibrated"] = [r.speedup_calibrated for r in records]
-    target = None if facts.target_speedup is None else (f"target {facts.target_speedup:g}x", facts.target_speedup)
-    budget = None if facts.target_epsilon is None else (f"budget {facts.target_epsilon:g}", facts.target_epsilon)
-    return [
-        line_chart({"test accuracy": [r.test_accuracy for r in records]}, "test accuracy"),
-        line_chart({"test loss": [r.test_loss for r in records]}, "test loss"),
-        line_chart(
-            {"everything": [r.epsilon for r in records], "analyses alone": [r.epsilon_analysis for r in records]},
-            "epsilon spent",
-            budget,
-        ),
-        line_chart(speedups, "modelled speedup", target),
-        line_chart({"energy": [_share(r) for r in records]}, "modelled energy over full precision"),
-    ]
-
-
-def _share(record: EpochRecord) -> float | None:
-    if record.energy_joules is None or not record.baseline_energy_joules:
-        return None
-    return record.energy_joules / record.baseline_energy_joules
+    title = "Released sensitivities by layer and epoch"
+    return layer_map(run.facts.layers, len(run.records), found.shade, title, caption)
 
 
 def _charts(charts: Sequence[str]) -> str:
@@ -171,9 +129,3 @@ def _table(table: Table) -> str:
         rows.append(f'<tr class="{"best" if index == table.best else "other"}">{cells}</tr>')
     body = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="wide">{body}</div>'
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, told apart where two are equal."""
-    names = [run.path.name for run in runs]
-    return [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names, start=1)]

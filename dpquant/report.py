@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dpquant.render import Column, Table, drawn, duration, joules, number, percent, seconds, speedup
-from dpquant.rundir import EpochRecord, Run, RunFacts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from dpquant.rundir import EpochRecord, Run, RunFacts
 
 _QUANTIZED, _FULL = "█", "·"
 _SHADES = "·░▒▓█"
@@ -340,6 +341,38 @@ def comparison(runs: Sequence[Run]) -> Table:
         Column(key="difference", title="diff.", show=lambda v: f"{100 * v:+.1f}", right=True),
     ]
     return Table(columns=columns, rows=rows, best=-max(known)[1] if known else None)
+
+
+def differing(runs: Sequence[Run]) -> Table:
+    """The settings in which the runs' configurations differ: a line per key, a column per run."""
+    flat = [_flattened(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "name"]
+    rows = [{"key": key} | {str(i): one.get(key) for i, one in enumerate(flat)} for key in keys]
+    columns = [Column(key=str(i), title=name, wrap=True) for i, name in enumerate(run_names(runs))]
+    return Table(
+        columns=[Column(key="key", title="setting", wrap=True), *columns],
+        rows=[row for row in rows if len({repr(row[str(i)]) for i in range(len(runs))}) > 1],
+    )
+
+
+def _flattened(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = isinstance(value, Mapping) and value
+        found |= _flattened(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
+    return found
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, told apart where two are equal."""
+    names = [run.path.name for run in runs]
+    return [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names, start=1)]
+
+
+def records_table(run: Run) -> Table:
+    """A run's records as they are, an epoch a line: for CSV."""
+    keys = [field.name for field in fields(run.records[0])] if run.records else ["epoch"]
+    return Table(columns=[Column(key=key, title=key) for key in keys], rows=[vars(record) for record in run.records])
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpquant.charts import layer_map, line_chart
+from dpquant.charts import Chart, layer_map, line_chart
 from dpquant.page import page
 from dpquant.rundir import Run
 from tests.test_report import LAYERS, record, run
@@ -82,7 +82,7 @@ def test_names_are_escaped(name: str) -> None:
     st.lists(st.none() | st.floats(-1e6, 1e6) | st.just(float("nan")) | st.just(float("inf")), min_size=1, max_size=60)
 )
 def test_any_line_stays_inside_its_chart(values: list[float | None]) -> None:
-    chart = line_chart({"a": values}, "unit", ("target", 0.5))
+    chart = line_chart(Chart(series={"a": values}, unit="unit", level=("target", 0.5)))
     known = [v for v in values if v is not None and abs(v) < float("inf")]
     assert bool(chart) == bool(known)
     if chart:

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from dpquant.audit import AuditResult
     from dpquant.config import RunConfig
 
-SUMMARY = "Attack a run's own training step and analysis, and compare with what they claim to spend."
+SUMMARY = "Attack a run's own steps, and compare with what they claim to spend."
 EXAMPLES = """\
 examples:
-  dpquant audit digits                       the training step and the analysis
-  dpquant audit digits --mechanism run       one whole short run, with 1000 canaries
-  dpquant audit digits --trials 10000        a sharper bound
+  dpquant audit digits                  the training step and the analysis
+  dpquant audit digits --mechanism run  one whole short run, with 1000 canaries
+  dpquant audit digits --trials 10000   a sharper bound
 
 exit code 1: more was spent than claimed"""
 
@@ -30,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument(
         "--mechanism", choices=("training", "analysis", "run"), help="what to attack; default: training and analysis"
     )
-    parser.add_argument("--trials", type=int, default=2000, help="runs of a mechanism, half of them with the canary")
-    parser.add_argument("--examples", type=int, default=32, help="examples beside the canary")
-    parser.add_argument("--canaries", type=int, default=1000, help="of a whole run")
-    parser.add_argument("--epochs", type=int, default=3, help="of a whole run")
-    parser.add_argument("--confidence", type=float, default=0.95, help="that the lower bound holds")
-    parser.add_argument("--seed", type=int, help="repeat an audit; default: fresh randomness")
+    parser.add_argument(
+        "--trials", type=int, metavar="N", default=2000, help="runs of a mechanism, half of them with the canary"
+    )
+    parser.add_argument("--examples", type=int, metavar="N", default=32, help="examples beside the canary")
+    parser.add_argument("--canaries", type=int, metavar="N", default=1000, help="of a whole run")
+    parser.add_argument("--epochs", type=int, metavar="N", default=3, help="of a whole run")
+    parser.add_argument("--confidence", type=float, metavar="SHARE", default=0.95, help="that the lower bound holds")
+    parser.add_argument("--seed", type=int, metavar="N", help="repeat an audit; default: fresh randomness")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if out.form == "json":
         out.json({"rows": [vars(r) | {"violated": r.violated} for r in results], "violated": violated})
         return int(violated)
-    out.table(_table(results))
+    out.table(_table(results, out.form))
     out.note(
         f"With {args.confidence:.0%} confidence at least the lower bound is spent; the claim is the ledger's, at "
         f"delta {results[0].delta:g}" + ("." if args.mechanism == "run" else ", for an example that takes part.")
@@ -71,18 +73,26 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _audit(config: RunConfig, mechanism: str, args: argparse.Namespace, out: Output) -> AuditResult:
     from dpquant import audit
+    from dpquant.progress import Progress
 
     size = f"{args.canaries} canaries" if mechanism == "run" else f"{args.trials} trials"
     out.say(f"attacking the {mechanism}: {size}")
     if mechanism == "run":
-        return audit.audit_run(
-            config, count=args.canaries, epochs=args.epochs, confidence=args.confidence, seed=args.seed
-        )
+        with Progress(out, "run", args.epochs, "epochs") as progress:
+            return audit.audit_run(
+                config,
+                count=args.canaries,
+                epochs=args.epochs,
+                confidence=args.confidence,
+                seed=args.seed,
+                progress=progress.update,
+            )
     subject: Any = audit.worst_canary(config, mechanism, examples=args.examples, seed=args.seed)  # type: ignore[arg-type]
-    return audit.audit_mechanism(subject, trials=args.trials, confidence=args.confidence)
+    with Progress(out, mechanism, args.trials, "trials") as progress:
+        return audit.audit_mechanism(subject, trials=args.trials, confidence=args.confidence, progress=progress.update)
 
 
-def _table(results: list[AuditResult]) -> Table:
+def _table(results: list[AuditResult], form: str) -> Table:
     columns = [
         Column(key="mechanism", title="mechanism"),
         Column(key="canary", title="canary"),
@@ -93,4 +103,6 @@ def _table(results: list[AuditResult]) -> Table:
         Column(key="verdict", title="verdict"),
     ]
     rows = [vars(r) | {"verdict": "VIOLATED" if r.violated else "holds"} for r in results]
+    if form == "csv":
+        columns = [Column(key=key, title=key) for key in rows[0]]
     return Table(columns=columns, rows=rows)

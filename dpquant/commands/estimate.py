@@ -8,27 +8,33 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpquant.render import Column, Output, Table, gibibytes, joules, number, percent, seconds, speedup
+from dpquant.render import Output
 from emulation.errors import InputError, suggestion
-from emulation.formats import get_format
-from hwmodels.profile import HardwareProfile, list_profiles, load_profile
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dpquant.estimates import Row
+    from hwmodels.profile import HardwareProfile
     from hwmodels.workload import Workload
 
-SUMMARY = "Speedup, energy and memory of a model per chip and format, from no device at all."
+SUMMARY = "Speedup, energy and memory of a model per chip and format, with no device."
 EXAMPLES = """\
 examples:
-  dpquant estimate --model resnet18 --input 3x32x32 --batch-size 1024 --hardware h100,b200 --format fp8,nvfp4
+  which chip and format for ResNet-18 on small images?
+      dpquant estimate --model resnet18 --model-option stem=cifar \\
+          --input 3x32x32 --batch-size 1024 --hardware h100,b200
   which chip is best for ResNet-50 at batch 4096 under 400 W?
       dpquant estimate --model resnet50 --batch-size 4096 --max-power 400
   why is fp8 slower than bf16 for my model on H100?
-      dpquant estimate --model my_package.models:MyNet --input 3x64x64 --hardware h100 --format fp8 --explain
-  where does the time go?
-      dpquant estimate --model gpt2 --hardware b200 --format nvfp4 --by phase     (or --by layer)"""
+      dpquant estimate --model my_package.models:MyNet --input 3x64x64 \\
+          --hardware h100 --format fp8 --explain
+  where does the time go, and the memory?
+      dpquant estimate --model gpt2 --hardware b200 --format nvfp4 --by phase
+      (or --by layer, or --by memory)
+  what is the largest batch that fits, and what does it cost?
+      dpquant estimate --model resnet50 --hardware h100 --price h100=2.5 --json
+  does the chip reach the speedup that I need?
+      dpquant estimate --model vit_b_16 --hardware b200 --target-speedup 1.2"""
 
 # What is compared where no format is named: these, as far as the chip's matrix unit takes them itself.
 _USUAL = ("float8_e4m3fn", "float8_e4m3fnuz", "mxfp8_e4m3", "mxfp4_e2m1", "nvfp4")
@@ -50,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
         help="such as stem=cifar or num_classes=100; may be repeated",
     )
     what.add_argument("--input", metavar="CxHxW", help="shape of one example; default: the model's usual one")
-    what.add_argument("--batch-size", type=int, default=256, help="examples of one step (default: %(default)s)")
+    what.add_argument(
+        "--batch-size", type=int, metavar="N", default=256, help="examples of one step (default: %(default)s)"
+    )
     what.add_argument(
         "--physical-batch-size",
         type=int,
@@ -101,7 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
         help="as few layers as reach this speedup; exit code 1 where none does",
     )
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--by", choices=("layer", "phase"), help="where the time goes; the parts add up to the step")
+    shown.add_argument(
+        "--by",
+        choices=("layer", "phase", "memory"),
+        help="where the time goes, or the memory; the parts add up to the whole",
+    )
     shown.add_argument(
         "--explain", action="store_true", help="in words: what bounds each step, and what would help most"
     )
@@ -111,12 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     shown.add_argument(
         "--cost-model", choices=("own", "paper"), default="own", help="paper: DPQuant's published formula, line by line"
     )
-    shown.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the command; returns its exit code."""
-    from dpquant import estimates
+    from dpquant import estimate_tables, estimates
 
     estimates.check_targets(args.fraction, args.target_speedup)
     profiles = _profiles(args)
@@ -146,22 +157,26 @@ def run(args: argparse.Namespace, out: Output) -> int:
         found.sort(key=lambda row: row.estimate.step_s)
     if not found:
         raise InputError("no chip takes any of these formats", hint="name them with --hardware and --format")
+    named = {profile.name: profile for profile in profiles}
+    words = [estimates.explain(row, named[row.hardware], workload, asked) if args.explain else None for row in found]
     if out.form == "json":
-        out.json({"rows": [row.to_json() for row in found]})
+        out.json({"rows": [row.to_json() | {"explanation": said} for row, said in zip(found, words, strict=True)]})
+    elif args.by == "memory":
+        estimate_tables.show_memory(found, out)
     elif args.by:
-        _show_parts(args.by, found, out)
+        estimate_tables.show_times(args.by, found, out)
     else:
-        _show_rows(found, workload, out)
-    if args.explain and out.form == "text":
-        named = {profile.name: profile for profile in profiles}
-        for row in found:
-            out.show("")
-            for line in estimates.explain(row, named[row.hardware], workload, asked):
-                out.show(line)
+        estimate_tables.show_rows(found, workload, out)
+    if args.explain and out.form != "json":
+        for said in words:
+            for line in ("", *(said or ())):
+                out.note(line)
     return 1 if args.target_speedup is not None and not any(row.reached for row in found) else 0
 
 
 def _profiles(args: argparse.Namespace) -> list[HardwareProfile]:
+    from hwmodels.profile import list_profiles, load_profile
+
     names = _words(args.hardware, "--hardware") if args.hardware else list_profiles(args.hardware_dir)
     found = [load_profile(name, args.hardware_dir) for name in dict.fromkeys(names)]
     if args.max_power is not None:
@@ -173,6 +188,8 @@ def _profiles(args: argparse.Namespace) -> list[HardwareProfile]:
 
 def _formats(args: argparse.Namespace, profile: HardwareProfile, out: Output) -> list[str]:
     """The formats to compare on a chip: those asked for, or what its matrix unit takes itself."""
+    from emulation.formats import get_format
+
     if not args.format:
         return [name for name in _USUAL if name in profile.formats and profile.formats[name].native] or [args.baseline]
     names = list(dict.fromkeys(get_format(name).name for name in _words(args.format, "--format")))
@@ -306,119 +323,3 @@ def _imported(name: str, shape: tuple[int, ...] | None, options: dict[str, Any],
     if not isinstance(made, nn.Module):
         raise InputError(f"--model {name} gave a {type(made).__name__}, not a torch.nn.Module")
     return made, torch.empty(1, *shape, device="meta")
-
-
-# --- what is shown
-
-
-def _show_rows(found: Sequence[Row], workload: Workload, out: Output) -> None:
-    from dpquant.estimates import fastest
-
-    best = fastest(found)
-    rows = [row.to_json() for row in found]
-    columns = [
-        Column(key="hardware", title="hardware"),
-        Column(key="format", title="format"),
-        Column(key="step_s", title="step", show=seconds, right=True),
-        Column(key="speedup", title="speedup", show=speedup, right=True),
-        Column(key="energy_joules", title="energy", show=joules, right=True),
-        Column(key="peak_memory_bytes", title="memory", show=gibibytes, right=True),
-        Column(key="bound", title="bound", spare=True),
-        Column(key="native", title="native", show=lambda v: "yes" if v else "no", spare=True),
-        Column(key="basis", title="basis", spare=True),
-        Column(key="max_speedup", title="at most", show=speedup, right=True, spare=True),
-        Column(key="largest_batch", title="max batch", show=number, right=True, spare=True),
-        Column(key="quantized", title="layers", right=True, spare=True),
-    ]
-    if any(row.usd_per_hour is not None for row in found):
-        price = Column(key="usd_per_million_examples", title="$/1M", show=lambda v: f"{v:.3g}", right=True)
-        columns.insert(5, price)
-    if out.form == "csv":
-        columns = [Column(key=key, title=key) for key in found[0].to_json() if key not in ("phases", "layers", "notes")]
-    out.table(Table(columns=columns, rows=rows, best=best))
-    out.note(_interpretation(found, best, workload))
-    out.note(_trust(found))
-    for note in dict.fromkeys(note for row in found for note in row.estimate.notes):
-        out.say(f"note: {note}")
-
-
-def _interpretation(found: Sequence[Row], best: int | None, workload: Workload) -> str:
-    if best is None:
-        return f"In passes of {found[0].physical_batch_size} examples this fits into the memory of none of these chips."
-    row = found[best]
-    first = "Fastest" if len({r.estimate.basis for r in found}) == 1 else "Fastest of the calibrated ones"
-    slower = sum(r.estimate.speedup < 1 for r in found)
-    text = (
-        f"{first}: {row.hardware} with {row.format}, {seconds(row.estimate.step_s)} a step, "
-        f"{row.estimate.speedup:.2f}x over {seconds(row.estimate.baseline_s)} in full precision there"
-    )
-    if slower:
-        text += f"; {slower} of {len(found)} rows are slower than full precision (--explain says why)"
-    if unmet := sum(r.reached is False for r in found):
-        text += f"; {unmet} of {len(found)} miss the target speedup"
-    if row.physical_batch_size < workload.batch_size:
-        text += f"; the batch goes through memory {row.physical_batch_size} examples at a time"
-    if not all(r.fits for r in found):
-        text += f"; {sum(not r.fits for r in found)} do not fit into memory"
-    return text + "."
-
-
-def _trust(found: Sequence[Row]) -> str:
-    bases = {row.estimate.basis for row in found}
-    if bases == {"peak"}:
-        return "Peak basis: a roofline on published rates, which kernels do not reach; an upper bound, not a forecast."
-    if bases == {"calibrated"}:
-        return "Calibrated basis: fitted to measured kernels; `dpquant hardware show NAME` gives its held-out error."
-    return "Rows on the peak basis are upper bounds from published rates; do not rank them against calibrated ones."
-
-
-def _show_parts(by: str, found: Sequence[Row], out: Output) -> None:
-    """Seconds per phase or layer, beside full precision; the last line is the sum."""
-    rows: list[dict[str, Any]] = []
-    breaks = set()
-    for row in found:
-        now, before = (
-            (row.estimate.phases, row.baseline.phases) if by == "phase" else (row.estimate.layers, row.baseline.layers)
-        )
-        shared = {"hardware": row.hardware, "format": row.format}
-        for name, value in now.items():
-            if value or before[name]:
-                rows.append(shared | _part(by, name, value, before[name], row))
-        breaks.add(len(rows) - 1)
-        total = _part(by, "total", sum(now.values()), sum(before.values()), row)
-        rows.append(shared | total)
-        breaks.add(len(rows) - 1)
-    several = len(found) > 1
-    columns = [
-        *(
-            [Column(key="hardware", title="hardware"), Column(key="format", title="format")]
-            if several or out.form == "csv"
-            else []
-        ),
-        Column(key=by, title=by, wrap=True),
-        Column(key="step_s", title="seconds", show=seconds, right=True),
-        Column(key="share", title="share", show=percent, right=True),
-        Column(key="baseline_s", title="full precision", show=seconds, right=True),
-        Column(key="speedup", title="speedup", show=speedup, right=True),
-        *([Column(key="in_format", title="runs in")] if by == "layer" else []),
-    ]
-    out.table(Table(columns=columns, rows=rows, breaks=frozenset(breaks)))
-    slow = [r[by] for r in rows if r["speedup"] is not None and r["speedup"] < 1 and r[by] != "total"]
-    text = (
-        f"Slower than in full precision: {', '.join(dict.fromkeys(slow))}."
-        if slow
-        else "Nothing here is slower than in full precision."
-    )
-    out.note(text if len(text) < 400 else f"{len(slow)} entries are slower than in full precision.")
-    out.note(_trust(found))
-
-
-def _part(by: str, name: str, value: float, before: float, row: Row) -> dict[str, Any]:
-    return {
-        by: name,
-        "step_s": value,
-        "share": value / row.estimate.step_s,
-        "baseline_s": before,
-        "speedup": before / value if value and before else None,
-        "in_format": row.plan.get(name) if name != "total" else None,
-    }

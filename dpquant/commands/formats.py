@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 SUMMARY = "Compare number formats: codes, range, epsilon, error on data."
 EXAMPLES = """\
 examples:
-  dpquant formats                         every format, and which chips have it natively
-  dpquant formats float8_e4m3fn --codes   its facts and all its 256 codes
-  dpquant formats --data normal           which formats keep a normal distribution best
-  dpquant formats --data gradients.npy    ... or your own tensor
-  dpquant formats --compare qtorch        where qtorch's own kernels round differently"""
+  dpquant formats                        every format, and which chips have it
+  dpquant formats float8_e4m3fn --codes  its facts and all its 256 codes
+  dpquant formats --data normal          which keep a normal distribution best?
+  dpquant formats --data gradients.npy   ... or your own tensor
+  dpquant formats --compare qtorch       where qtorch's kernels differ"""
 
 
 def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("--data", metavar="DATA", help="rank formats on normal, lognormal, laplace, or a FILE.npy")
     parser.add_argument("--compare", metavar="qtorch", help="count differences from qtorch's own kernels")
     parser.add_argument("--hardware-dir", metavar="DIR", help="a folder of your own hardware profiles")
-    parser.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

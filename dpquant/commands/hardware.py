@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpquant.render import Column, Output, Table, gibibytes, number, percent, seconds, si
-from dpquant.rundir import write_atomic
 from emulation.errors import InputError
-from hwmodels import profile as profiles
 
-SUMMARY = "List, show, check and validate hardware profiles; measure this machine into one."
+if TYPE_CHECKING:
+    from hwmodels.profile import HardwareProfile
+
+SUMMARY = "List, show, check and validate hardware profiles; measure a chip into one."
 EXAMPLES = """\
 examples:
   dpquant hardware list
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
         result.set_defaults(action=name)
         return result
 
-    action("list", "Every profile on one line.").add_argument("--csv", action="store_true", help="print CSV")
+    action("list", "Every profile on one line.")
     action("show", "One profile: every number with status and source.").add_argument(
         "name", metavar="NAME", help="a profile's name, or a YAML file"
     )
@@ -44,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     validate.add_argument("name", metavar="NAME", help="a profile's name, or a YAML file")
     validate.add_argument("--data", metavar="CSV", help="columns gemm_dtype, m, n, k, latency_us; device if several")
     validate.add_argument("--device", metavar="NAME", help="which device's rows; default: the profile's own")
-    validate.add_argument("--csv", action="store_true", help="print CSV")
     calibrate = action("calibrate", "Measure this machine into a profile, in under five minutes.")
     calibrate.add_argument("--out", metavar="FILE", help="the profile to write: mine.yaml")
     calibrate.add_argument("--data", metavar="CSV", help="also write what was timed, as `validate` reads it")
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _list(args: argparse.Namespace, out: Output) -> int:
-    rows = [_summary(profiles.load_profile(n, args.hardware_dir)) for n in profiles.list_profiles(args.hardware_dir)]
+    from hwmodels.profile import list_profiles, load_profile
+
+    rows = [_summary(load_profile(name, args.hardware_dir)) for name in list_profiles(args.hardware_dir)]
     if out.form == "json":
         out.json({"rows": rows})
         return 0
@@ -87,7 +89,7 @@ def _list(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def _summary(profile: profiles.HardwareProfile) -> dict[str, Any]:
+def _summary(profile: HardwareProfile) -> dict[str, Any]:
     rates = {f: r.peak_flops_per_s for f in _SHOWN_FORMATS if (r := profile.formats.get(f)) is not None and r.native}
     return {
         "name": profile.name,
@@ -105,10 +107,15 @@ def _summary(profile: profiles.HardwareProfile) -> dict[str, Any]:
 
 
 def _show(args: argparse.Namespace, out: Output) -> int:
-    profile = profiles.load_profile(args.name, args.hardware_dir)
-    facts = profiles.describe(profile) | {"calibration": _fitted(profile)}
+    from hwmodels.profile import describe, load_profile
+
+    profile = load_profile(args.name, args.hardware_dir)
+    facts = describe(profile) | {"calibration": _fitted(profile)}
     if out.form == "json":
         out.json(facts)
+        return 0
+    if out.form == "csv":
+        out.table(Table(columns=[Column(key=key, title=key) for key in facts["numbers"][0]], rows=facts["numbers"]))
         return 0
     out.show(f"{facts['name']}: {facts['title']} ({facts['vendor']}, {facts['family']}, {facts['year']})")
     if facts["note"]:
@@ -147,7 +154,7 @@ def _show(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def _fitted(profile: profiles.HardwareProfile) -> list[dict[str, Any]]:
+def _fitted(profile: HardwareProfile) -> list[dict[str, Any]]:
     """What each kernel's constants were fitted on, and how far off they were on shapes the fit had not seen."""
     if profile.calibration is None:
         return []
@@ -209,24 +216,28 @@ def _borrowed(formats: list[dict[str, Any]]) -> list[str]:
 
 
 def _check(args: argparse.Namespace, out: Output) -> int:
+    from hwmodels.profile import check
+
     if not args.files:
         raise InputError("no file to check", hint="dpquant hardware check FILE...")
     rows: list[dict[str, Any]] = []
     for file in args.files:
         path = Path(file)
         try:
-            found = profiles.check(path if path.exists() else file, args.hardware_dir)
+            found = check(path if path.exists() else file, args.hardware_dir)
         except InputError as error:
             found = [error]
         rows += [
             {"file": str(e.file or file), "line": e.line, "message": e.message, "hint": e.hint, "text": str(e)}
             for e in found
         ]
-        if not found and out.form != "json":
+        if not found and out.form == "text":
             print(f"{file}: no problem found")
+    keys = ("file", "line", "message", "hint")
     if out.form == "json":
-        keys = ("file", "line", "message", "hint")
         out.json({"files": len(args.files), "problems": [{key: row[key] for key in keys} for row in rows]})
+    elif out.form == "csv":
+        out.table(Table(columns=[Column(key=key, title=key) for key in keys], rows=rows))
     else:
         for row in rows:
             print(row["text"] + (f"\n  hint: {row['hint']}" if row["hint"] else ""))  # not wrapped: editors parse it
@@ -234,11 +245,12 @@ def _check(args: argparse.Namespace, out: Output) -> int:
 
 
 def _validate(args: argparse.Namespace, out: Output) -> int:
+    from hwmodels.profile import load_profile
     from hwmodels.validate import of_device, read_measurements, validate
 
     if args.data is None:
         raise InputError("no measurements given", hint="--data FILE.csv with columns gemm_dtype, m, n, k, latency_us")
-    profile = profiles.load_profile(args.name, args.hardware_dir)
+    profile = load_profile(args.name, args.hardware_dir)
     rows = validate(profile, of_device(read_measurements(args.data), args.device or profile.name))
     if out.form == "json":
         out.json({"hardware": profile.name, "rows": rows})
@@ -268,8 +280,6 @@ def _validate(args: argparse.Namespace, out: Output) -> int:
 
 
 def _calibrate(args: argparse.Namespace, out: Output) -> int:
-    from rich.progress import BarColumn, Progress, TextColumn
-
     if args.out is None:
         raise InputError("no file to write the profile to", hint="--out mine.yaml")
     if not 1 <= args.seconds <= 3600:
@@ -279,17 +289,16 @@ def _calibrate(args: argparse.Namespace, out: Output) -> int:
             raise InputError(f"{path} is already there", hint="name a new file")
         if not Path(path).resolve().parent.is_dir():
             raise InputError(f"{path}: its folder is not there", hint="make it first")
+    from dpquant.progress import Progress
+    from dpquant.rundir import write_atomic
     from hwmodels.calibrate import calibrate, measurements_csv
 
-    columns = (TextColumn("{task.description}"), BarColumn())
-    console = out.console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=out.quiet or not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=1.0)
+    with Progress(out, "starting", 1.0) as progress:
         found = calibrate(
             args.device,
             base=args.extends,
             budget_s=args.seconds,
-            progress=lambda label, fraction: progress.update(task, description=label, completed=fraction),
+            progress=lambda label, fraction: progress.update(fraction, label=label),
         )
     write_atomic(Path(args.out), found.profile_yaml.encode())
     if args.data:
@@ -304,6 +313,8 @@ def _calibrate(args: argparse.Namespace, out: Output) -> int:
         _error("median_percent", "median"),
         Column(key="rank_correlation", title="rank corr.", show=lambda v: f"{v:.3f}", right=True),
     ]
+    if out.form == "csv":
+        table = [Column(key=column.key, title=column.key) for column in table]
     out.table(Table(columns=table, rows=list(found.rows)))
     for note in (*found.notes, "Errors are of shapes that were kept from the fit.", f"wrote {args.out}"):
         out.note(note)

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 SUMMARY = "What a planned run would spend, and the noise it needs."
 EXAMPLES = """\
 examples:
-  dpquant privacy digits                          a configuration's plan
-  dpquant privacy digits --epochs 60              ... what would 60 epochs need?
-  dpquant privacy runs/mine                       what a run has spent so far
-  dpquant privacy --dataset-size 50000 --batch-size 1024 --epochs 60 \\
-      --delta 1e-5 --noise-multiplier 1.0         no configuration: what epsilon?
-  ... --target-epsilon 3 instead of --noise-multiplier: which noise?"""
+  what does a configuration spend, and which noise does it need?
+      dpquant privacy digits
+  what epsilon would 60 epochs cost?
+      dpquant privacy digits --epochs 60 --noise-multiplier 1
+      dpquant privacy --dataset-size 50000 --batch-size 1024 --epochs 60 \\
+          --delta 1e-5 --noise-multiplier 1
+  which noise do 60 epochs need for epsilon 3?
+      dpquant privacy digits --epochs 60 --target-epsilon 3
+  what has a run spent so far?
+      dpquant privacy runs/mine"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +44,14 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a configuration, or a run folder")
-    parser.add_argument("--epochs", type=int, help="number of epochs")
-    parser.add_argument("--batch-size", type=int, help="expected size of a Poisson batch")
-    parser.add_argument("--dataset-size", type=int, help="declared number of examples")
-    parser.add_argument("--delta", type=float, help="delta, below 1 / dataset size")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="expected size of a Poisson batch")
+    parser.add_argument("--dataset-size", type=int, metavar="N", help="declared number of examples")
+    parser.add_argument("--delta", type=float, metavar="X", help="delta, below 1 / dataset size")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--target-epsilon", type=float, help="solve for the noise that meets this epsilon")
-    group.add_argument("--noise-multiplier", type=float, help="the noise; epsilon follows")
+    group.add_argument("--target-epsilon", type=float, metavar="X", help="solve for the noise that meets this epsilon")
+    group.add_argument("--noise-multiplier", type=float, metavar="X", help="the noise; epsilon follows")
     parser.add_argument("--accountant", choices=("prv", "rdp"), help="default: prv")
-    parser.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

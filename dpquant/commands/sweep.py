@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import time
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,18 @@ if TYPE_CHECKING:
 SUMMARY = "Train a grid of configurations over several seeds; resumable."
 EXAMPLES = """\
 examples:
-  dpquant sweep digits_schedulers                     a sweep that ships with dpquant
-  dpquant sweep my.yaml --out sweeps/mine --jobs 4    or what is left of it
-  dpquant sweep my.yaml --out sweeps/mine --report    the table so far; trains nothing
-  dpquant sweep my.yaml --jobs 64 --backend dask      on the cluster at DASK_SCHEDULER_ADDRESS
+  dpquant sweep digits_schedulers                   a sweep that ships
+  dpquant sweep my.yaml --out sweeps/mine --jobs 4  or what is left of it
+  dpquant sweep my.yaml --out sweeps/mine --report  the table so far
+  dpquant sweep my.yaml --jobs 64 --backend dask    on the cluster that
+                                                    DASK_SCHEDULER_ADDRESS names
 
 my.yaml:
-  base: digits                          # a configuration: a file, or a shipped one
-  grid:                                 # every combination
+  base: digits                 # a configuration: a file, or a shipped one
+  grid:                        # every combination
     schedule.scheduler: [full, static, dpquant]
     format: [luq_fp4, mxfp8]
-  seeds: [0, 1, 2, 3, 4]                # or how many: 5
+  seeds: [0, 1, 2, 3, 4]       # or how many: 5
   exclude: [{schedule.scheduler: full, format: mxfp8}]
   include: [{schedule.scheduler: dpquant, schedule.beta: 50}]
   compare: {to: {schedule.scheduler: static}}"""
@@ -47,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     )
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, train none")
     parser.add_argument("--report", action="store_true", help="show the results there are, train none")
-    parser.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -99,44 +100,25 @@ def _list(sweep: Sweep, out: Output) -> int:
     return 0
 
 
-def pace(done: int, left: int, elapsed_s: float) -> str:
-    """Rate and time left after ``done`` runs since the start, with ``left`` to go."""
-    if not done or elapsed_s <= 0:
-        return "time left: after the first run"
-    per_run_s = elapsed_s / done
-    rate = f"{60 / per_run_s:.3g} runs/min" if per_run_s < 60 else f"{3600 / per_run_s:.3g} runs/h"
-    return f"{rate}, {duration(per_run_s * left)} left" if left else rate
-
-
 def _train(sweep: Sweep, root: Path, args: argparse.Namespace, out: Output) -> dict[str, SweepResult]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
+    from dpquant.progress import Progress
     from dpquant.sweep_runs import train_sweep
 
-    console = out.console(stderr=True)
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    hidden = out.quiet or not console.is_terminal
-    total, before = len(sweep.runs), 0
-    begun = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task(pace(0, total, 0), total=total)
-        done = 0
+    total, done = len(sweep.runs), 0
+    with Progress(out, "sweep", total, "runs", plain_every_s=math.inf) as progress:  # every run has its line
 
-        def started(count: int) -> None:
-            nonlocal before
-            before = count
-            progress.update(task, completed=count)
-            if count:
-                out.say(f"{count} of {total} runs were done before")
+        def started(before: int) -> None:
+            nonlocal done
+            done = before
+            progress.start(before)
+            if before:
+                progress.line(f"{before} of {total} runs were done before")
 
         def ended(result: SweepResult) -> None:
             nonlocal done
             done += 1
-            text = pace(done, total - before - done, time.monotonic() - begun)
-            progress.update(task, completed=before + done, description=text)
-            line = f"{before + done} of {total}: {result.name}: {_in_short(result)}"
-            if not out.quiet:
-                console.print(line if not hidden else f"{line}; {text}", soft_wrap=True)
+            progress.update(done)
+            progress.line(f"{result.name}: {_in_short(result)}; {progress.text()}")
 
         try:
             return train_sweep(
@@ -149,7 +131,7 @@ def _train(sweep: Sweep, root: Path, args: argparse.Namespace, out: Output) -> d
                 ended=ended,
             )
         except KeyboardInterrupt:
-            out.say("stopped; the same command goes on with what is left")
+            print("stopped; the same command goes on with what is left", file=sys.stderr)
             raise
 
 

@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpquant import report
 from dpquant.render import Output
-from dpquant.rundir import EpochRecord, RunFacts, RunFolder, load_run
 from emulation.errors import InputError
 
 if TYPE_CHECKING:
     from dpquant.config import RunConfig
     from dpquant.distributed import Processes
+    from dpquant.progress import Progress
+    from dpquant.rundir import EpochRecord, RunFolder
     from dpquant.train import Training
 
 SUMMARY = "Train privately from a configuration; resumable."
 EXAMPLES = """\
 examples:
-  dpquant train digits                                 a configuration that ships with dpquant
+  dpquant train digits                     a configuration that ships
   dpquant train my.yaml --out runs/mine --target-speedup 1.4
   dpquant train digits --scheduler static --seed 1 --out runs/static-1
-  dpquant train --resume runs/mine                     go on where it stopped
-  torchrun --nproc-per-node 8 -m dpquant train my.yaml --device cuda      on eight devices of one host"""
+  dpquant train --resume runs/mine         goes on where it stopped
+  torchrun --nproc-per-node 8 -m dpquant train my.yaml --device cuda
+                                           on eight devices of one host"""
 
 _NO_FSDP = (
     "an example's gradient norm needs the whole weight gradient of each layer as it was quantized, and the sharded "
     "path of Opacus clips by a second backward, which rounds anew; use --parallel data"
 )
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 _OVERRIDES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
-    "target_speedup": (("schedule", "target_speedup"), float, "modelled speedup every epoch must meet"),
+    "target_speedup": (("schedule", "target_speedup"), float, "modelled speedup the whole run must meet"),
     "fraction": (("schedule", "fraction"), float, "share of the layers to quantize instead of a target speedup"),
     "scheduler": (("schedule", "scheduler"), str, "full, static, pls or dpquant"),
     "hardware": (("hardware", "profile"), str, "hardware profile"),
     "basis": (("hardware", "basis"), str, "peak or calibrated"),
-    "format": (("format",), str, "number format of the quantized layers"),
+    "format": (
+        ("format",),
+        str,
+        "number format of the quantized layers; of several, with commas, each layer takes one",
+    ),
     "epochs": (("training", "epochs"), int, "epochs"),
     "target_epsilon": (("privacy", "target_epsilon"), float, "budget of training and analyses together"),
     "data_root": (("data", "root"), str, "folder of the data set's files"),
@@ -60,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     )
     changes = parser.add_argument_group("in place of what the configuration says")
     for name, (_, kind, text) in _OVERRIDES.items():
-        changes.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+        changes.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=_METAVARS[kind], help=text)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -82,6 +91,8 @@ def _run(args: argparse.Namespace, out: Output, processes: Processes) -> int:
     if args.resume is not None and (given or args.out):
         option = "--out" if args.out else f"--{next(iter(given)).replace('_', '-')}"
         raise InputError(f"{option} cannot change a run that is resumed", hint="start a new one")
+    from dpquant.rundir import load_run
+
     complete = processes.broadcast(args.resume is not None and processes.first and load_run(args.resume).complete)
     if complete:
         path = Path(args.resume)
@@ -90,23 +101,24 @@ def _run(args: argparse.Namespace, out: Output, processes: Processes) -> int:
         training, folder = (
             _resumed(args.resume, out, processes) if args.resume else _started(args, given, out, processes)
         )
-        from dpquant.train import train
-
-        records = train(training, folder)
         if folder is None:
-            for _ in records:
+            from dpquant.train import train
+
+            for _ in train(training, None):
                 pass
             return 0
-        if args.tensorboard:
-            records = _with_events(records, folder.path)
         with folder:
-            _talk(records, training.facts, folder, out)
+            _talk(training, folder, args.tensorboard, out)
         path = folder.path
     if not processes.first:
         return 0
+    from dpquant import report
+
     finished = load_run(path)
     if out.form == "json":
         out.json(report.to_json(finished))
+    elif out.form == "csv":
+        out.table(report.records_table(finished))
     else:
         out.show("", *report.report(finished, width=out.console().width))
     out.say(f"run folder: {finished.path} (dpquant report {finished.path})")
@@ -118,6 +130,7 @@ def _started(
 ) -> tuple[Training, RunFolder | None]:
     """A new run: everything that can be refused is, before its folder is made."""
     config = _configuration(args.config, given)
+    from dpquant.rundir import RunFolder
     from dpquant.train import prepare
 
     out.say("preparing: data, workload, noise")
@@ -130,6 +143,7 @@ def _started(
 
 def _resumed(path: str, out: Output, processes: Processes) -> tuple[Training, RunFolder | None]:
     from dpquant.config import load_config
+    from dpquant.rundir import RunFolder
     from dpquant.train import prepare
 
     folder = RunFolder.resume(path) if processes.first else None
@@ -149,6 +163,8 @@ def _configuration(path: str, given: dict[str, Any]) -> RunConfig:
     from dpquant.config import load_config, with_alternatives
 
     overrides: dict[tuple[str | int, ...], Any] = {_OVERRIDES[name][0]: value for name, value in given.items()}
+    if "," in given.get("format", ""):
+        overrides["format",] = [word.strip() for word in given["format"].split(",")]
     return load_config(path, with_alternatives(overrides))
 
 
@@ -157,39 +173,57 @@ def _fresh_folder(name: str) -> Path:
     return next(p for i in range(1000) if not (p := stem.with_name(stem.name + (f"-{i}" if i else ""))).exists())
 
 
-def _talk(records: Iterator[EpochRecord], facts: RunFacts, folder: RunFolder, out: Output) -> None:
-    """Print each epoch as it ends; on a terminal a bar shows what is left."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def _talk(training: Training, folder: RunFolder, tensorboard: bool, out: Output) -> None:
+    """Train, print each epoch as it ends, and meanwhile say how far it is, how fast, and how long still."""
+    from dpquant import report
+    from dpquant.progress import Progress
+    from dpquant.train import train
 
+    facts = training.facts
     for line in (*report.opening(facts), report.LIVE_HEADER):
         out.say(line)
-    console = out.console(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=out.quiet or not console.is_terminal,
-    )
+    steps = sum(record.steps for record in folder.records())
     try:
-        with progress:
-            task = progress.add_task("training", total=facts.epochs, completed=len(folder.records()))
-            for record in records:
-                if not out.quiet:
-                    console.print(report.live_line(record, facts), soft_wrap=True)
-                progress.update(task, completed=record.epoch, description=report.status(record, facts))
+        with Progress(out, "training", facts.steps, "steps", done=steps) as progress:
+            records = train(_watched(training, progress), folder)
+            for record in _with_events(records, folder.path) if tensorboard else records:
+                progress.line(report.live_line(record, facts))
+                progress.status(report.status(record, facts))
     except KeyboardInterrupt:
-        out.say(f"stopped; go on with: dpquant train --resume {folder.path}")
+        print(f"stopped; go on with: dpquant train --resume {shlex.quote(str(folder.path))}", file=sys.stderr)
         raise
+
+
+class _Watched:
+    """A loader that tells of every batch once the loop is done with it."""
+
+    def __init__(self, loader: Iterable[Any], done: Callable[[int], None]) -> None:
+        self._loader, self._done = loader, done
+
+    def __iter__(self) -> Iterator[Any]:
+        for inputs, labels in self._loader:
+            yield inputs, labels
+            self._done(len(labels))
+
+
+def _watched(training: Training, progress: Progress) -> Training:
+    """The same training, telling how far it is as it goes."""
+    *parts, loader = training.parts
+    examples, begun = 0, time.monotonic()
+
+    def done(count: int) -> None:
+        nonlocal examples
+        examples += count
+        progress.update(training.engine.step, rate=f"{examples / (time.monotonic() - begun):,.0f} examples/s")
+
+    return replace(training, parts=(*parts, _Watched(loader, done)))
 
 
 def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise InputError("--tensorboard needs the package tensorboard", hint="pip install tensorboard") from error
+        raise InputError("--tensorboard needs the package tensorboard", hint="pip install 'dpquant[plots]'") from error
     return SummaryWriter
 
 
