@@ -111,7 +111,8 @@ class Tape:
     def _capture(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if layer.training and torch.is_grad_enabled() and output.requires_grad:
             inputs = [a.detach() if isinstance(a, Tensor) else a for a in args]
-            output.register_hook(lambda grad: self.contributions.extend(_leaf_gradients(layer, inputs, grad)))
+            moments = _moments(layer, output)
+            output.register_hook(lambda grad: self.contributions.extend(_leaf_gradients(layer, inputs, grad, moments)))
 
 
 def attach(module: nn.Module) -> Tape:
@@ -139,7 +140,33 @@ def _own_parameters(layer: nn.Module) -> list[nn.Parameter]:
     return [p for p in layer.parameters(recurse=False) if p.requires_grad]
 
 
-def _leaf_gradients(layer: nn.Module, inputs: list[Any], grad: Tensor) -> list[Contribution]:
+def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and 1 / deviation [B, groups] that a GroupNorm's forward has left for its backward, if it can be seen."""
+    if type(layer) is not nn.GroupNorm or output.dtype != torch.float32:
+        return None
+    mean, deviation = (getattr(output.grad_fn, name, None) for name in ("_saved_result1", "_saved_result2"))
+    return None if mean is None or deviation is None else (mean, deviation)
+
+
+def _group_norm_gradients(
+    layer: nn.GroupNorm, x: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """As autograd has them, by example: from sums of grad and of grad * x, nothing normalised again."""
+    sums = grad.flatten(2).sum(2) if grad.dim() > 2 else grad
+    found: dict[nn.Parameter, Tensor] = {}
+    if layer.weight.requires_grad:
+        products = (x * grad).flatten(2).sum(2) if grad.dim() > 2 else x * grad
+        mean, deviation = (m.unsqueeze(2) for m in moments)
+        centred = products.unflatten(1, (layer.num_groups, -1)) - mean * sums.unflatten(1, (layer.num_groups, -1))
+        found[layer.weight] = (centred * deviation).flatten(1)
+    if layer.bias.requires_grad:
+        found[layer.bias] = sums
+    return found
+
+
+def _leaf_gradients(
+    layer: nn.Module, inputs: list[Any], grad: Tensor, moments: tuple[Tensor, Tensor] | None = None
+) -> list[Contribution]:
     if type(layer) in _GEMM_LAYERS:
         conv = gemms.geometry(layer)
         found: list[Contribution] = []
@@ -159,7 +186,10 @@ def _leaf_gradients(layer: nn.Module, inputs: list[Any], grad: Tensor) -> list[C
         return [EmbeddingGradient(parameter=layer.weight, tokens=tokens, grad_output=rows)]  # type: ignore[arg-type]
     if not len(grad):
         return []
-    samples = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, inputs, grad)
+    if moments is not None and isinstance(layer, nn.GroupNorm):
+        samples = _group_norm_gradients(layer, inputs[0], grad, moments)
+    else:
+        samples = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, inputs, grad)
     return [DenseGradient(parameter=p, values=values) for p, values in samples.items()]
 
 

@@ -222,7 +222,7 @@ class PrivateOptimizer(DPOptimizer):
 
     def scale_grad(self) -> None:
         """Divides the noisy sums by the expected batch size."""
-        torch._foreach_div_([p.grad for p in self.params], self.expected_batch_size)  # type: ignore[arg-type]
+        torch._foreach_div_([p.grad for p in self.params], self.expected_batch_size)
 
     @torch.no_grad()
     def clipped(

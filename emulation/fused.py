@@ -36,7 +36,7 @@ def round_flat(x: Tensor, out: Tensor, form: KernelFormat | None, key: Tensor | 
             return native.round_flat(x, out, form, key)
         size = x.numel() // units
         return False if native.quantize_blocks(x, out, form, form, key, (units, size, 1), size, units) else None
-    if not _has_triton(x.device):
+    if not has_triton(x.device):
         return None
     from emulation import quantize_triton
 
@@ -80,7 +80,7 @@ def quantize_blocks(
         return False
     if x.device.type == "cpu":
         return native.quantize_blocks(x, out, form, block_form, key, shape, size, units)
-    if size > _WIDEST_BLOCK or not _has_triton(x.device):
+    if size > _WIDEST_BLOCK or not has_triton(x.device):
         return False
     from emulation import quantize_triton
 
@@ -90,5 +90,6 @@ def quantize_blocks(
 
 
 @lru_cache(maxsize=8)
-def _has_triton(device: torch.device) -> bool:
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels can run on ``device``."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emulation import fused
+from emulation.codec import is_concrete
+
 _UNFOLDED = {True: 1 << 22, False: 1 << 28}  # elements of unfolded inputs held at a time: CPU (in its caches), else
 
 
@@ -124,9 +127,21 @@ def _windows(x: Tensor, conv: ConvGeometry, *, channels_last: bool) -> Tensor:
     )
 
 
+def _unfolded(x: Tensor, conv: ConvGeometry) -> Tensor | None:
+    """The windows as a tensor of their own, by a kernel; None where there is none."""
+    if len(conv.kernel) != 2 or not x.numel() or not is_concrete(x) or not fused.has_triton(x.device):
+        return None
+    from emulation import patches_triton
+
+    shapes = (conv.kernel, conv.stride, conv.padding, conv.dilation, conv.positions(tuple(x.shape[2:])))
+    return patches_triton.unfold(x.contiguous(), *shapes)  # type: ignore[arg-type]
+
+
 def patches(x: Tensor, conv: ConvGeometry) -> Tensor:
     """Input patches, [B * groups, C / groups * prod(kernel), T], in the order of the weight's elements."""
-    windows = _windows(x, conv, channels_last=False)
+    windows = _unfolded(x, conv) if x.is_cuda else None
+    if windows is None:
+        windows = _windows(x, conv, channels_last=False)
     shape = windows.shape
     spatial = 2 + len(conv.kernel)
     return windows.reshape(shape[0] * conv.groups, shape[1:spatial].numel() // conv.groups, shape[spatial:].numel())
@@ -212,7 +227,7 @@ class WeightGradient:
             x, g = self.matrices()
         else:
             g = self.grad_output.reshape(n * conv.groups, -1, self.reduction).transpose(1, 2)
-            x = patch_rows(self.x, conv)
+            x = patches(self.x, conv).transpose(1, 2) if self.x.is_cuda else patch_rows(self.x, conv)
         if self.reduction == 1:
             return (x.square().sum((1, 2)) * g.square().sum((1, 2))).reshape(n, -1).sum(1)
         product = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))

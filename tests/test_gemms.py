@@ -94,6 +94,28 @@ def test_patches_are_those_of_torch(groups: int) -> None:
     torch.testing.assert_close(rows @ rows.transpose(1, 2), gram)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 0, 1), ((1, 2), (2, 1), (2, 1)), (2, 1, 2)])
+def test_patches_on_cuda_are_those_of_the_cpu(
+    kernel: tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+    dtype: torch.dtype,
+) -> None:
+    layer = nn.Conv2d(4, 4, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    conv = gemms.geometry(layer)
+    assert conv is not None
+    for x in (torch.randn(3, 4, 9, 12), torch.randn(3, 9, 12, 4).movedim(3, 1)):
+        given = x.to(dtype)
+        assert torch.equal(gemms.patches(given.cuda(), conv).cpu(), gemms.patches(given, conv))
+
+
 def test_bias_gradients_sum_over_positions() -> None:
     g = torch.randn(3, 4, 5, 6)
     torch.testing.assert_close(gemms.position_sums(g, gemms.geometry(nn.Conv2d(1, 4, 1))), g.sum((2, 3)))
