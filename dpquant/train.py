@@ -154,7 +154,7 @@ def train(training: Training, folder: RunFolder | None) -> Iterator[EpochRecord]
     module, optimizer, _, loader = training.parts
     for epoch in engine.epochs():
         started = time.perf_counter()
-        totals = _Totals()
+        totals = _Totals(training.splits.train.tensors[0].device)
         nonfinite = optimizer.nonfinite_examples
         module.train()
         for images, labels in loader:
@@ -201,21 +201,25 @@ def evaluate(module: nn.Module, data: TensorDataset, processes: Processes = ALON
 
 
 class _Totals:
-    """Training loss and accuracy of an epoch: diagnostics that the guarantee does not cover."""
+    """Training loss and accuracy of an epoch: diagnostics that the guarantee does not cover.
 
-    def __init__(self) -> None:
+    They add up on the device: reading them every step would have the host wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.loss = 0.0
         self.correct = self.examples = self.nonfinite = 0
 
     def add(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> None:
         if len(labels):
-            self.loss += loss.item() * len(labels)
-            self.correct += int((outputs.detach().argmax(1) == labels).sum())
+            correct = (outputs.detach().argmax(1) == labels).sum()
+            self._sums += torch.stack([loss.detach().double() * len(labels), correct.double()])
             self.examples += len(labels)
 
     def add_up(self, processes: Processes) -> None:
         """Makes of every process's part the whole."""
-        counts = (self.loss, self.correct, self.examples, self.nonfinite)
+        counts = (*self._sums.tolist(), self.examples, self.nonfinite)
         (sums,) = processes.sum([torch.tensor(counts, dtype=torch.float64)])
         self.loss = float(sums[0])
         self.correct, self.examples, self.nonfinite = (int(n) for n in sums[1:])
