@@ -116,7 +116,9 @@ def opacus_ghost(module: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def ours(module: nn.Module, x: Tensor, y: Tensor, format: str | None = None, share: float = 1.0) -> Step:
+def ours(
+    module: nn.Module, x: Tensor, y: Tensor, format: str | None = None, share: float = 1.0, graphs: bool = True
+) -> Step:
     module = private_module(quantize_model(module, format or "luq_fp4"))
     names = list(quantizable_layers(module))
     set_plan(module, dict.fromkeys(names[: round(share * len(names))], format) if format else {})
@@ -128,7 +130,7 @@ def ours(module: nn.Module, x: Tensor, y: Tensor, format: str | None = None, sha
         expected_batch_size=len(x),
     )
     criterion = private_criterion(nn.CrossEntropyLoss())
-    graphed = GraphedBackward(module, criterion, optimizer, len(x)) if x.is_cuda else None
+    graphed = GraphedBackward(module, criterion, optimizer, len(x)) if x.is_cuda and graphs else None
     ids = torch.arange(len(x))
     taken = iter(range(1 << 40))
 
@@ -144,10 +146,12 @@ def ours(module: nn.Module, x: Tensor, y: Tensor, format: str | None = None, sha
     return step
 
 
-def cases(formats: list[str], peers: bool) -> dict[str, Callable[[nn.Module, Tensor, Tensor], Step]]:
+def cases(formats: list[str], peers: bool, cuda: bool) -> dict[str, Callable[[nn.Module, Tensor, Tensor], Step]]:
     found: dict[str, Callable[[nn.Module, Tensor, Tensor], Step]] = {"plain SGD": plain}
     if peers:
         found |= {"Opacus hooks": opacus_hooks, "Opacus ghost": opacus_ghost}
+    if peers and cuda:
+        found["private, no graphs"] = lambda m, x, y: ours(m, x, y, graphs=False)
     found["private"] = ours
     for name in formats:
         found[f"private, {name}"] = lambda m, x, y, f=name: ours(m, x, y, f)
@@ -171,7 +175,7 @@ def measure(
     x = x.to(dtype)
     steps: dict[str, Step] = {}
     peaks: dict[str, int | None] = {}
-    for case, make in cases(args.formats, not args.no_peers).items():
+    for case, make in cases(args.formats, not args.no_peers, device.type == "cuda").items():
         try:
             steps[case] = make(build_model(name, **options).to(device, dtype), x, y)
             for _ in range(args.warmup):
