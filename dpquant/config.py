@@ -65,6 +65,7 @@ SPECIFICATION = Fields(
                 "scheduler": Text(choices=("full", "static", "pls", "dpquant")),
                 "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),
+                "layers": Items(item=Text(), doc="of scheduler static: the layers quantized, by name", required=False),
                 "beta": Number(minimum=0, doc="the draw's weights are softmax(-beta * sensitivity)", required=False),
             }
         ),
@@ -149,7 +150,7 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """Equal for configurations that train the same: name, place of data, device, what makes it fast and defaults aside."""
+        """Equal for configurations that train the same: name, place of data, device, speed and defaults aside."""
         decisive = _set({key: value for key, value in self.data.items() if key != "name"}, _DEFAULTS)
         for section, key in _INDIFFERENT:
             decisive.get(section, {}).pop(key, None)
@@ -186,7 +187,7 @@ _DEFAULTS: dict[str, Any] = {
     "model": {"options": {}},
     "data": {"root": None, "split": None},
     "hardware": {"basis": None},
-    "schedule": {"target_speedup": None, "fraction": None, "beta": 200.0},
+    "schedule": {"target_speedup": None, "fraction": None, "layers": None, "beta": 200.0},
     "training": {
         "dataset_size": None,
         "device": "cpu",
@@ -214,8 +215,11 @@ _DEFAULTS: dict[str, Any] = {
     "seed": None,
 }
 
-# (section, one key, the key that it excludes)
-_ALTERNATIVES = (("schedule", "target_speedup", "fraction"), ("privacy", "target_epsilon", "noise_multiplier"))
+# (section, keys that exclude each other)
+_ALTERNATIVES = (
+    ("schedule", "target_speedup", "fraction", "layers"),
+    ("privacy", "target_epsilon", "noise_multiplier"),
+)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -270,10 +274,9 @@ def _filled(value: Any, default: Any) -> Any:
 def with_alternatives(overrides: Mapping[KeyPath, Any]) -> dict[KeyPath, Any]:
     """The overrides, and for a key that excludes another, such as fraction and target_speedup, the other's removal."""
     removed: dict[KeyPath, Any] = {}
-    for section, *pair in _ALTERNATIVES:
-        for key, other in (pair, reversed(pair)):
-            if overrides.get((section, key)) is not None and (section, other) not in overrides:
-                removed[section, other] = None
+    for section, *keys in _ALTERNATIVES:
+        if any(overrides.get((section, key)) is not None for key in keys):
+            removed.update({(section, key): None for key in keys if (section, key) not in overrides})
     return {**overrides, **removed}
 
 
@@ -324,10 +327,13 @@ def _without_nulls(document: Document, defaults: Mapping[str, Any]) -> Document:
 def _contradictions(config: RunConfig) -> list[InputError]:
     found = []
     schedule, privacy = config["schedule"], config["privacy"]
-    given = [key for key in ("target_speedup", "fraction") if schedule[key] is not None]
+    given = [key for key in ("target_speedup", "fraction", "layers") if schedule[key] is not None]
     if schedule["scheduler"] != "full" and len(given) != 1:
-        message = f"schedule has {' and '.join(given) or 'neither target_speedup nor fraction'}: give one of the two"
+        message = f"schedule has {' and '.join(given) or 'neither target_speedup nor fraction'}: give one of them"
         found.append(config.error(("schedule",), message, hint="target_speedup: 1.5, or fraction: 0.9"))
+    if schedule["layers"] is not None and schedule["scheduler"] not in ("full", "static"):
+        message = f"layers is for scheduler static, and {schedule['scheduler']} draws its own"
+        found.append(config.error(("schedule", "layers"), message))
     if (privacy["target_epsilon"] is None) == (privacy["noise_multiplier"] is None):
         message = "privacy needs one of target_epsilon and noise_multiplier"
         found.append(config.error(("privacy",), message, hint="target_epsilon: 8.0"))

@@ -63,7 +63,8 @@ class DPQuantEngine:
         hardware: name or path of a hardware profile, or a profile.
         target_speedup: modelled speedup over full-precision private training that the whole run must meet, its
             analyses included: an epoch that does more leaves less to those after it; or
-        fraction: share of the quantizable layers to quantize in every epoch.
+        fraction: share of the quantizable layers to quantize in every epoch; or
+        layers: names of those to quantize in every epoch, with ``scheduler="static"``.
         format: number format or preset of the quantized layers; of several, a ladder, each layer takes one.
         scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
             epoch) or ``dpquant`` (a draw per epoch that prefers layers the private analysis found insensitive).
@@ -91,6 +92,7 @@ class DPQuantEngine:
         hardware: str | HardwareProfile = "b200",
         target_speedup: float | None = None,
         fraction: float | None = None,
+        layers: Sequence[str] | None = None,
         format: str | Sequence[str] = "luq_fp4",
         scheduler: str = "dpquant",
         beta: float = 200.0,
@@ -105,8 +107,11 @@ class DPQuantEngine:
     ) -> None:
         if scheduler not in schedule.SCHEDULERS:
             raise InputError(f"unknown scheduler={scheduler!r}", hint=suggestion(scheduler, schedule.SCHEDULERS))
-        if scheduler != "full" and (target_speedup is None) == (fraction is None):
-            raise InputError("give one of target_speedup and fraction", hint="target_speedup=1.5, or fraction=0.9")
+        if scheduler != "full" and sum(goal is not None for goal in (target_speedup, fraction, layers)) != 1:
+            hint = "target_speedup=1.5, or fraction=0.9"
+            raise InputError("give one of target_speedup, fraction and layers", hint=hint)
+        if layers is not None and scheduler not in ("full", "static"):
+            raise InputError(f"layers is for scheduler='static', and scheduler={scheduler!r} draws its own")
         if target_speedup is not None and not (math.isfinite(target_speedup) and target_speedup >= 1):
             raise InputError(f"target_speedup={target_speedup} must be at least 1")
         if fraction is not None and not 0 <= fraction <= 1:
@@ -126,6 +131,7 @@ class DPQuantEngine:
             raise InputError("format=[] holds no format", hint="such as 'nvfp4', or ['fp8', 'nvfp4']")
         self.scheduler, self.beta = scheduler, beta
         self.target_speedup, self.fraction = target_speedup, fraction
+        self.layers = None if layers is None else tuple(layers)
         self.analysis = analysis or sensitivity.AnalysisSettings()
         self.accountant = accountant
         self.keep_freed_memory = keep_freed_memory
@@ -279,6 +285,10 @@ class DPQuantEngine:
         )
         self.workload = self.modelled.workload
         self.reach = self.modelled.reach()
+        for name in self.layers or ():
+            if name not in self.workload.quantizable:
+                hint = suggestion(name, self.workload.quantizable)
+                raise InputError(f"layers={name!r} is no layer that can be quantized", hint=hint)
         target = self.target_speedup
         if target is not None and self.scheduler != "full" and target > self.reach.max_speedup:
             raise InputError(
@@ -364,6 +374,8 @@ class DPQuantEngine:
         return privacy.epsilon(self.ledger, self.delta if delta is None else delta, self.accountant)
 
     def _draw(self, end: int) -> planner.PrecisionPlan:
+        if self.layers is not None and self.scheduler == "static":
+            return planner.PrecisionPlan(formats=dict.fromkeys(self.layers, self.formats[0]))
         order = schedule.draw_order(
             self.scheduler,
             tuple(self.modelled.policies),

@@ -99,6 +99,7 @@ def prepare(
             basis=config["hardware"]["basis"],
             target_speedup=schedule["target_speedup"],
             fraction=schedule["fraction"],
+            layers=schedule["layers"],
             format=config["format"],
             scheduler=schedule["scheduler"],
             beta=schedule["beta"],

@@ -85,6 +85,7 @@ def test_a_missing_file_names_the_shipped_ones() -> None:
         ("fraction: 0.5", "fraction: 1.5", 7, "fraction=1.5"),
         ("  fraction: 0.5\n", "", 5, "neither target_speedup nor fraction"),
         ("  fraction: 0.5\n", "  fraction: 0.5\n  target_speedup: 1.5\n", 5, "target_speedup and fraction"),
+        ("  fraction: 0.5\n", "  layers: [fc1]\n", 7, "layers is for scheduler static"),
         ("target_epsilon: 8.0", "accountant: rdp", 13, "one of target_epsilon and noise_multiplier"),
         ("data: {name: digits}\n", "", 1, "missing key 'data'"),
     ],

@@ -212,6 +212,14 @@ def test_schedulers_differ_in_what_they_redraw(scheduler: str, distinct: int) ->
     assert (plans == {frozenset()}) == (scheduler == "full")
 
 
+def test_layers_chosen_by_name_are_quantized_in_every_epoch() -> None:
+    e = engine(scheduler="static", fraction=None, layers=["3"], format="fp8")
+    private(e, epochs=3)
+    assert [dict(epoch.plan) for epoch in e.epochs()] == [{"3": "fp8"}] * 3
+    with pytest.raises(InputError, match="layers=.conv7. is no layer"):
+        private(engine(scheduler="static", fraction=None, layers=["conv7"]))
+
+
 def test_the_draw_prefers_layers_that_were_found_insensitive() -> None:
     e = engine(scheduler="dpquant", fraction=0.25, beta=1000.0)
     private(e)
@@ -343,8 +351,10 @@ def test_hooks_and_bookkeeping_agree() -> None:
         ({"hardware": "b20"}, "b20"),
         ({"format": "fp5"}, "fp5"),
         ({"fraction": 1.5}, "fraction=1.5"),
-        ({"fraction": None}, "one of target_speedup and fraction"),
-        ({"target_speedup": 1.2}, "one of target_speedup and fraction"),
+        ({"fraction": None}, "one of target_speedup, fraction and layers"),
+        ({"target_speedup": 1.2}, "one of target_speedup, fraction and layers"),
+        ({"layers": ["0"]}, "one of target_speedup, fraction and layers"),
+        ({"fraction": None, "layers": ["0"], "scheduler": "pls"}, "scheduler='pls'"),
         ({"fraction": None, "target_speedup": 0.5}, "target_speedup=0.5"),
         ({"fraction": None, "target_speedup": float("nan")}, "target_speedup=nan"),
     ],
