@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -51,7 +50,7 @@ class SmallCNN(nn.Module):
         norm: str = "group",
     ) -> None:
         super().__init__()
-        self.activation = _chosen("activation", activation, {"relu": F.relu, "tanh": torch.tanh})
+        self.activation = _chosen("activation", activation, {"relu": nn.ReLU, "tanh": nn.Tanh})()
         normed = _chosen("norm", norm, NORMS)
         self.stages = tuple(len(stage) for stage in stages)
         side, channels = image_size, in_channels
@@ -64,6 +63,7 @@ class SmallCNN(nn.Module):
             side //= 2
         if side < 1:
             raise InputError(f"image_size={image_size} is too small for {len(stages)} stages of pooling")
+        self.pool = nn.MaxPool2d(2)
         self.fc1 = nn.Linear(channels * side * side, hidden)
         self.fc2 = nn.Linear(hidden, num_classes)
 
@@ -74,7 +74,7 @@ class SmallCNN(nn.Module):
             for _ in range(depth):
                 x = self.activation(self.norms[layer](self.convs[layer](x)))
                 layer += 1
-            x = F.max_pool2d(x, 2)
+            x = self.pool(x)
         logits: Tensor = self.fc2(self.activation(self.fc1(torch.flatten(x, 1))))
         return logits
 
@@ -95,13 +95,14 @@ class TanhCNN(nn.Module):
         self.norm1 = nn.GroupNorm(4, 16) if normed else nn.Identity()
         self.conv2 = nn.Conv2d(16, 32, 4, 2)
         self.norm2 = nn.GroupNorm(4, 32) if normed else nn.Identity()
+        self.pool = nn.MaxPool2d(2, 1)
         self.fc1 = nn.Linear(32 * 4 * 4, 32)
         self.fc2 = nn.Linear(32, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [B, num_classes] for ``x`` [B, in_channels, 28, 28]."""
-        x = F.max_pool2d(torch.tanh(self.norm1(self.conv1(x))), 2, 1)
-        x = F.max_pool2d(torch.tanh(self.norm2(self.conv2(x))), 2, 1)
+        x = self.pool(torch.tanh(self.norm1(self.conv1(x))))
+        x = self.pool(torch.tanh(self.norm2(self.conv2(x))))
         logits: Tensor = self.fc2(torch.tanh(self.fc1(torch.flatten(x, 1))))
         return logits
 
