@@ -216,7 +216,7 @@ def test_layers_chosen_by_name_are_quantized_in_every_epoch() -> None:
     e = engine(scheduler="static", fraction=None, layers=["3"], format="fp8")
     private(e, epochs=3)
     assert [dict(epoch.plan) for epoch in e.epochs()] == [{"3": "fp8"}] * 3
-    with pytest.raises(InputError, match="layers=.conv7. is no layer"):
+    with pytest.raises(InputError, match="layers='conv7'"):
         private(engine(scheduler="static", fraction=None, layers=["conv7"]))
 
 
