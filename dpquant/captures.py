@@ -145,7 +145,9 @@ def _moments(layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor] | None:
     if type(layer) is not nn.GroupNorm or output.dtype != torch.float32:
         return None
     mean, deviation = (getattr(output.grad_fn, name, None) for name in ("_saved_result1", "_saved_result2"))
-    return None if mean is None or deviation is None else (mean, deviation)
+    if mean is None or deviation is None:
+        return None
+    return mean.detach(), deviation.detach()  # as they come they hold the node, which holds the hook that holds them
 
 
 def _group_norm_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -193,3 +194,27 @@ def test_a_mixing_quantizer_is_refused() -> None:
 def test_frozen_layers_may_be_anything_that_keeps_examples_apart() -> None:
     frozen = nn.ConvTranspose2d(3, 3, 2).requires_grad_(False)
     check_private(nn.Sequential(frozen, nn.Dropout(), nn.Linear(3, 3)))
+
+
+def test_a_backward_leaves_nothing_behind() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 2))
+    tape = attach(quantize_model(net).train())
+
+    def tensors() -> int:
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    def step() -> None:
+        net(torch.randn(3, 1, 4, 4)).sum().backward()
+        tape.clear()
+        net.zero_grad()
+
+    step()
+    gc.collect()
+    gc.disable()  # what only the collector finds would pile up between its runs
+    try:
+        before = tensors()
+        for _ in range(3):
+            step()
+        assert tensors() == before
+    finally:
+        gc.enable()
