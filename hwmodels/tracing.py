@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emulation.errors import InputError
+from hwmodels.shapes import meta_result
 from hwmodels.traffic import IGNORED, classify
 from hwmodels.workload import LayerWork, Pass, Product, SavedTensor, Workload
 
@@ -80,6 +81,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.uncounted: dict[str, None] = {}
         self.last_call = ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keeps torch from loading its compiler, a second's work, at the first operator that the mode sees."""
+        return False
+
     # which module is running
 
     def enter(self, name: str, module: nn.Module | None) -> _Layer:
@@ -105,11 +111,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.last_call = str(func)
-        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        out = meta_result(name, args, kwargs)
+        out = func(*args, **kwargs) if out is None else out
         inputs = list(_tensors([args, kwargs]))
         outputs = list(_tensors(out))
         self.alive += outputs
-        name = func.overloadpacket.__name__
         if any(_storage(t) in self.from_input for t in inputs):
             self.from_input.update(_storage(t) for t in outputs)
         if name in PRODUCTS:
