@@ -141,7 +141,7 @@ def layer_map(
     layers: Sequence[str], epochs: int, shade: Callable[[str, int], float | None], title: str, caption: str
 ) -> str:
     """A cell per layer and epoch (from 0), filled by ``shade`` between 0 (empty) and 1 (full); None draws none."""
-    left = 12 + 6.6 * min(28, max(map(len, layers), default=0))
+    left = 12 + 7.4 * min(28, max(map(len, layers), default=0))
     cell_h = 18 if len(layers) <= 40 else 10
     cell_w = max(2.0, min(26.0, (900 - left) / max(1, epochs)))
     width, height = round(left + cell_w * epochs + 12), round(cell_h * len(layers) + 30)

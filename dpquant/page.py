@@ -33,7 +33,8 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .key { display: inline-block; width: 1.2em; height: .25em; margin-right: .4em; vertical-align: middle; }
 .k0 { background: var(--c0); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
 .k3 { background: var(--c3); } .k4 { background: var(--c4); } .k5 { background: var(--c5); }
-@media print { body { max-width: none; padding: 0; } figure, table { break-inside: avoid; } }
+@media print { body { max-width: none; padding: 0; } figure, table { break-inside: avoid; }
+  h1, h2, h3 { break-after: avoid; } .charts { grid-template-columns: 1fr 1fr; } }
 """
 
 

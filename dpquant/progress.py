@@ -96,7 +96,9 @@ class Progress:
         from rich.table import Table
         from rich.text import Text
 
+        # room for the terminal's ^C: a line that it wraps could not be wiped
         row = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        row.width = max(40, self._console.width - 4)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True, justify="right")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,9 +64,12 @@ class Output:
         return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
-        """One line of talk."""
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+        """One line of talk; a terminal shows it with whole words."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            text = "\n".join(textwrap.wrap(text, shutil.get_terminal_size().columns, break_on_hyphens=False))
+        print(text, file=sys.stderr, flush=True)
 
     def json(self, data: Mapping[str, Any]) -> None:
         """The whole answer as JSON; ``schema`` grows when a key changes its meaning or goes away."""

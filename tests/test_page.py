@@ -1,6 +1,8 @@
 """The HTML report: one well-formed page that fetches nothing, every plot drawn; opened in a browser where one is."""
 
 import html
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -99,13 +101,76 @@ def test_many_layers_and_epochs_fit() -> None:
     assert float(tree.find(".//svg").get("viewBox", "").split()[2]) <= 1000  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("size", ["1000,2400", "390,3200"])
-def test_a_browser_opens_it_without_a_complaint(tmp_path: Path, size: str) -> None:
-    file, shot = tmp_path / "report.html", tmp_path / "report.png"
-    file.write_text(page(runs(2)), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={size}"]
-    words = [str(CHROMIUM), *options, f"--user-data-dir={tmp_path}", f"--screenshot={shot}", file.as_uri()]
+# --- in a real browser
+
+_LOOK = """<script>
+window.addEventListener("load", () => {
+  const box = e => e.getBoundingClientRect(), drawn = e => box(e).width > 0.5 || box(e).height > 0.5;
+  getSelection().selectAllChildren(document.body);
+  const found = {
+    selected: getSelection().toString(),
+    plots: [...document.querySelectorAll("figure")].map(f => ({
+      width: box(f.querySelector("svg")).width,
+      height: box(f.querySelector("svg")).height,
+      marks: [...f.querySelectorAll("polyline, rect.cell, circle")].filter(drawn).length,
+      all: f.querySelectorAll("polyline, rect.cell, circle").length,
+      inside: [...f.querySelectorAll("svg *")].filter(e => e.tagName != "title").every(e =>
+        box(e).left >= box(f.querySelector("svg")).left - 1 && box(e).right <= box(f.querySelector("svg")).right + 1),
+    })),
+    overflow: document.scrollingElement.scrollWidth - innerWidth,
+    background: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.body).color,
+  };
+  document.body.textContent = JSON.stringify(found);
+});
+</script>"""
+
+
+def browse(folder: Path, text: str, *options: str) -> tuple[str, str]:
+    """What Chromium writes on stdout, and on its console, for a page."""
+    file = folder / "report.html"
+    file.write_text(text, encoding="utf-8")
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={folder}"]
+    words = [str(CHROMIUM), *quiet, *options, file.as_uri()]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert "CONSOLE" not in done.stderr
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+
+@needs_chromium
+@pytest.mark.parametrize(("size", "dark"), [("1000,2400", False), ("390,3200", True)], ids=["desk", "phone"])
+def test_a_browser_draws_every_plot_and_lets_text_be_selected(tmp_path: Path, size: str, dark: bool) -> None:
+    text = page(runs(2))
+    theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    dom, console = browse(
+        tmp_path, text.replace("</body>", _LOOK + "</body>"), f"--window-size={size}", "--dump-dom", *theme
+    )
+    assert console == ""
+    found = json.loads(html.unescape(dom.split("<body>")[1].split("</body>")[0]))
+    assert len(found["plots"]) == len(parsed(text).findall(".//figure")) == 18
+    for plot in found["plots"]:
+        assert plot["marks"] == plot["all"] > 0
+        assert plot["inside"]
+        assert plot["width"] > 250
+        assert plot["height"] > 60
+    assert found["overflow"] <= 0
+    for words in ("Side by side", "the target of 1.50x is met", "adding or removing one example", "test accuracy"):
+        assert words in found["selected"]
+    light, ink = (sum(map(int, re.findall(r"\d+", found[key])[:3])) for key in ("background", "ink"))
+    assert (light < ink) == dark
+
+
+@needs_chromium
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    shot = tmp_path / "report.png"
+    _, console = browse(tmp_path, page(runs()), "--window-size=1000,2400", f"--screenshot={shot}")
+    assert console == ""
     assert shot.stat().st_size > 20_000
+
+
+@needs_chromium
+def test_a_console_error_is_seen(tmp_path: Path) -> None:
+    _, console = browse(tmp_path, "<!DOCTYPE html><script>nothing.there</script>", "--dump-dom")
+    assert "nothing is not defined" in console
