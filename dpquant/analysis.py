@@ -64,7 +64,7 @@ def probe(
         )
         return processes.broadcast(released)
     rows = [torch.zeros(0, len(policies), dtype=torch.float64)]
-    for part in processes.share(sample).split(settings.expected_batch_size):
+    for part in processes.share(sample).split(2 * settings.expected_batch_size):  # in one, but for a freak sample
         if len(part):
             rows.append(loss_differences(module, per_example_loss, collate(part), policies))
     released = release(
