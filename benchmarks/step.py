@@ -130,7 +130,7 @@ def ours(
         expected_batch_size=len(x),
     )
     criterion = private_criterion(nn.CrossEntropyLoss())
-    graphed = GraphedBackward(module, criterion, optimizer, len(x)) if x.is_cuda and graphs else None
+    graphed = GraphedBackward(module, criterion, optimizer, len(x), most=len(x)) if x.is_cuda and graphs else None
     ids = torch.arange(len(x))
     taken = iter(range(1 << 40))
 

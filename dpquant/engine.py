@@ -242,10 +242,9 @@ class DPQuantEngine:
         )
         self._private, self._graphed = private, None
         if cuda_graphs and clipping == "bookkeeping" and next(module.parameters()).is_cuda:
-            physical = min(self.expected_batch_size, max_physical_batch_size or self.expected_batch_size)
-            self._graphed = GraphedBackward(
-                private, self._criterion, self._optimizer, -(-physical // self.processes.size)
-            )
+            expected = -(-self.expected_batch_size // self.processes.size)
+            most = max_physical_batch_size
+            self._graphed = GraphedBackward(private, self._criterion, self._optimizer, expected, most)
         return private, self._optimizer, self._criterion, self._loader
 
     def backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ its first example, whose factor is 0. They add exactly nothing to the clipped su
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from dpquant.clipping import PrivateCriterion, PrivateOptimizer
 from emulation.errors import InputError
 from emulation.layers import KeyTable, quantizable_layers
 
-_SIZES_PER_BATCH = 8  # filling up costs half of 1/8 of the expected batch on average; captures take time and memory
 _log = logging.getLogger("dpquant")
 
 
@@ -59,18 +59,26 @@ class GraphedBackward:
         module: on a tape, from ``private_module(module, "bookkeeping")``.
         criterion: from ``private_criterion``.
         optimizer: over the module's parameters.
-        expected_batch_size: of physical batches; an eighth of it is how far apart the sizes are.
+        expected_batch_size: mean of a Poisson batch. Sizes lie about three deviations apart, so that most batches have
+            the same and are filled up by little.
+        most: of examples in a batch, where larger ones come in parts: then most parts are full.
     """
 
     def __init__(
-        self, module: nn.Module, criterion: PrivateCriterion, optimizer: PrivateOptimizer, expected_batch_size: int
+        self,
+        module: nn.Module,
+        criterion: PrivateCriterion,
+        optimizer: PrivateOptimizer,
+        expected_batch_size: int,
+        most: int | None = None,
     ) -> None:
         tape = getattr(module, "private_tape", None)
         if not isinstance(tape, Tape):
             raise InputError("module has no tape", hint="prepare it with private_module(module, 'bookkeeping')")
         self._module, self._criterion, self._optimizer, self._tape = module, criterion, optimizer, tape
         self._layers = list(quantizable_layers(module).values())
-        self._multiple = 1 << max(4, (expected_batch_size // _SIZES_PER_BATCH).bit_length() - 1)
+        apart = 1 << max(4, int(math.log2(3 * math.sqrt(max(expected_batch_size, 1)))))
+        self._apart, self._least, self._most = apart, (expected_batch_size + apart // 2) % apart, most
         self._plan: tuple[object, ...] = ()
         self._batches: dict[tuple[object, ...], _Batch] = {}
         self._refused = len({p.dtype for p in optimizer.params}) > 1
@@ -93,7 +101,7 @@ class GraphedBackward:
         plan = tuple(layer.precision for layer in self._layers)
         if plan != self._plan:
             self._plan, self._batches = plan, {}
-        size = -(-len(inputs) // self._multiple) * self._multiple
+        size = self._size(len(inputs))
         key = (size, inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype)
         first = key not in self._batches
         batch = self._batches.setdefault(key, self._buffers(size, inputs, targets)) if first else self._batches[key]
@@ -109,6 +117,11 @@ class GraphedBackward:
             return self._as_usual(inputs, targets)
         self._tape.clipped, self._tape.batch_size = result.sums, len(inputs)
         return result.outputs[: len(inputs)].clone(), result.losses[: len(inputs)].mean()
+
+    def _size(self, count: int) -> int:
+        """What a batch of ``count`` examples is filled up to; the expected size is in the middle between two sizes."""
+        size = count + (self._least - count) % self._apart
+        return size if self._most is None or count > self._most else min(size, self._most)
 
     def _keys(self, count: int) -> KeyTable | None:
         """The keys of the batch of ``count`` examples that is next, if it has any."""

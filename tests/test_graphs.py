@@ -158,6 +158,25 @@ def test_parts_of_a_large_batch_add_up(device: str) -> None:
         run.optimizer._is_last_step_skipped = False
 
 
+@pytest.mark.parametrize(
+    ("expected", "most"), [(1, None), (32, None), (256, None), (2048, None), (2048, 512), (100, 7)]
+)
+def test_few_sizes_that_hold_every_batch(expected: int, most: int | None) -> None:
+    run = Run("cpu", None)
+    graphed = GraphedBackward(run.module, run.criterion, run.optimizer, expected, most)
+    deviation = expected**0.5
+    usual = range(max(1, int(expected - 2 * deviation)), int(expected + 2 * deviation) + 1)
+    counts = range(1, most + 1) if most is not None else usual
+    sizes = {count: graphed._size(count) for count in counts}
+    assert all(size >= count for count, size in sizes.items())
+    if most is None:
+        assert len(set(sizes.values())) <= 3
+        assert sizes[expected] - expected <= max(16, 2 * deviation)
+    else:
+        assert sizes[most] == most
+        assert max(sizes.values()) == most
+
+
 def test_an_empty_batch_and_secret_bits_run_as_usual() -> None:
     run = Run("cpu", "luq_fp4", noise_multiplier=1.0)
     x, y = examples(0, "cpu")
