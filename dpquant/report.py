@@ -44,6 +44,10 @@ class Summary:
     """What the analyses would have spent alone."""
     nonfinite_examples: int
     wall_s: float
+    """On the machine that trained, analyses not included."""
+    analysis_wall_s: float
+    analysis_share: float | None
+    """Of the wall time of both together."""
 
 
 def summarize(facts: RunFacts, records: Sequence[EpochRecord]) -> Summary:
@@ -53,6 +57,7 @@ def summarize(facts: RunFacts, records: Sequence[EpochRecord]) -> Summary:
     time = sum(r.steps * r.baseline_step_s / r.speedup for r in records)
     calibrated = [(r.steps, r.speedup_calibrated) for r in records if r.speedup_calibrated is not None]
     inverse = sum(n / s for n, s in calibrated)
+    wall, analysis_wall = sum(r.wall_s for r in records), sum(r.analysis_wall_s for r in records)
     last = records[-1] if records else None
     return Summary(
         epochs_done=len(records),
@@ -70,7 +75,9 @@ def summarize(facts: RunFacts, records: Sequence[EpochRecord]) -> Summary:
         epsilon=last.epsilon if last else 0.0,
         epsilon_analysis=last.epsilon_analysis if last else 0.0,
         nonfinite_examples=sum(r.nonfinite_examples for r in records),
-        wall_s=sum(r.wall_s for r in records),
+        wall_s=wall,
+        analysis_wall_s=analysis_wall,
+        analysis_share=analysis_wall / (wall + analysis_wall) if wall else None,
     )
 
 
@@ -137,7 +144,7 @@ def report(run: Run, width: int = 80) -> list[RenderableType]:
         parts.append(f"Stopped or still running: {summary.epochs_done} of {facts.epochs} epochs are complete.")
     parts += ["", "Schedule: layers by epoch", *schedule_map(facts, run.records, width)]
     parts += ["", drawn(cost_table(facts, summary), width)]
-    parts += [verdict(facts, summary), trust(facts, summary)]
+    parts += [verdict(facts, summary), trust(facts, summary), wall_time(summary)]
     parts += ["", "Over the epochs", *curves(run.records, width)]
     parts += ["", "Privacy", privacy_statement(facts, summary)]
     if summary.nonfinite_examples:
@@ -246,6 +253,14 @@ def trust(facts: RunFacts, summary: Summary) -> str:
     meaning = "a slow-down: work this small does not pay" if summary.speedup_calibrated < 1 else "what to expect"
     text = "Peak basis: published rates, which kernels do not reach. "
     return text + f"Calibrated, the same schedule is {honest}, {meaning}."
+
+
+def wall_time(summary: Summary) -> str:
+    """One sentence: how long the emulation took on the machine that trained, and the analyses' share of it."""
+    text = f"Emulated in {duration(summary.wall_s + summary.analysis_wall_s)}"
+    if not summary.analysis_wall_s or summary.analysis_share is None:
+        return text + "."
+    return text + f", the sensitivity analyses {percent(summary.analysis_share)} of it."
 
 
 def curves(records: Sequence[EpochRecord], width: int = 80) -> list[str]:

@@ -95,6 +95,13 @@ def test_summary_adds_up() -> None:
     assert not summary.finished
 
 
+def test_the_analyses_share_of_the_time_is_said() -> None:
+    one = run([record(1, wall_s=90.0, analysis_wall_s=4.0), record(2, wall_s=5.0, analysis_wall_s=1.0)])
+    assert "Emulated in 1 min 40 s, the sensitivity analyses 5.0 % of it." in text(*report.report(one))
+    assert report.to_json(one)["summary"]["analysis_share"] == 0.05
+    assert "Emulated in 30 s.\n" in text(*report.report(run([record(1, wall_s=30.0)])))
+
+
 def test_summary_of_nothing() -> None:
     summary = report.summarize(facts(), [])
     assert summary.speedup is None
