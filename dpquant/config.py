@@ -48,6 +48,7 @@ SPECIFICATION = Fields(
                 "name": Text(doc="a data set"),
                 "root": Text(doc="the folder of its files", required=False),
                 "split": Text(doc="EMNIST's part", required=False),
+                "size": replace(_COUNT, doc="of images in folders: pixels of a side; of texts: bytes"),
             }
         ),
         "hardware": Fields(
@@ -185,7 +186,7 @@ class RunConfig:
 _DEFAULTS: dict[str, Any] = {
     "name": None,
     "model": {"options": {}},
-    "data": {"root": None, "split": None},
+    "data": {"root": None, "split": None, "size": None},
     "hardware": {"basis": None},
     "schedule": {"target_speedup": None, "fraction": None, "layers": None, "beta": 200.0},
     "training": {

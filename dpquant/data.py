@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import TensorDataset
 
-from dpquant import datafiles
+from dpquant import datafiles, datafolders
 from emulation.errors import InputError, suggestion
 
 Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
@@ -29,24 +29,28 @@ class DataSettings:
         name: a name of `DATASETS`.
         root: the folder of its files, or one file; None for what ships with the package, or where Debian puts it.
         split: EMNIST's part (``balanced``, ``letters``, ``digits``, ``mnist``, ``bymerge``, ``byclass``).
+        size: pixels of a side that images in folders are resized to (default 32), or bytes of a text (default 128).
     """
 
     name: str
     root: str | None = None
     split: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Training and test data, each of (image float32 [C, H, W], label int64) pairs."""
+    """Training and test data, each of (image float32 [C, H, W] or token ids int64 [T], label int64) pairs."""
 
     train: TensorDataset
     test: TensorDataset
     classes: int
+    vocabulary: int | None = None
+    """How many token ids there are, where the data set's form says it."""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image, [C, H, W]."""
+        """Shape of one image, [C, H, W], or of one sequence, [T]."""
         return tuple(self.train.tensors[0].shape[1:])
 
 
@@ -66,6 +70,10 @@ class DataSource:
     """None where the labels themselves say it (``npz``, EMNIST)."""
     default_root: str | None
     how_to_get: str
+    tokens: bool = False
+    """Whether it holds token ids, which nothing scales."""
+    vocabulary: int | None = None
+    """Of token ids, how many there are; None: the model is told."""
 
 
 def load_data(settings: DataSettings) -> Splits:
@@ -89,22 +97,34 @@ def load_data(settings: DataSettings) -> Splits:
     classes = source.classes if source.classes is not None else int(labels.max(initial=0)) + 1
     train = _tensors(arrays[0], arrays[1], source, classes, f"{settings.name} training data")
     test = _tensors(arrays[2], arrays[3], source, classes, f"{settings.name} test data")
-    return Splits(train=train, test=test, classes=classes)
+    return Splits(train=train, test=test, classes=classes, vocabulary=source.vocabulary)
 
 
 def _tensors(
-    images: npt.NDArray[Any], labels: npt.NDArray[Any], source: DataSource, classes: int, what: str
+    inputs: npt.NDArray[Any], labels: npt.NDArray[Any], source: DataSource, classes: int, what: str
 ) -> TensorDataset:
     """One part, checked and standardised."""
-    if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels):
-        raise InputError(f"{what}: images of shape {list(images.shape)} do not go with labels {list(labels.shape)}")
-    if len(images) == 0:
-        raise InputError(f"{what}: holds no images")
+    kind = "sequences" if source.tokens else "images"
+    if inputs.ndim != (2 if source.tokens else 4) or labels.ndim != 1 or len(inputs) != len(labels):
+        raise InputError(f"{what}: {kind} of shape {list(inputs.shape)} do not go with labels {list(labels.shape)}")
+    if len(inputs) == 0:
+        raise InputError(f"{what}: holds no {kind}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{what}: labels are {labels.dtype}, not integers")
     if labels.min() < 0 or labels.max() >= classes:
         found = int(labels.min() if labels.min() < 0 else labels.max())
         raise InputError(f"{what}: label {found} is outside 0 to {classes - 1}")
+    data = _token_ids(inputs, what) if source.tokens else _standardised(inputs, source, what)
+    return TensorDataset(data, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _token_ids(inputs: npt.NDArray[Any], what: str) -> torch.Tensor:
+    if not np.issubdtype(inputs.dtype, np.integer) or inputs.min() < 0:
+        raise InputError(f"{what}: token ids are whole numbers from 0", hint=f"and these are {inputs.dtype}")
+    return torch.from_numpy(inputs.astype(np.int64))
+
+
+def _standardised(images: npt.NDArray[Any], source: DataSource, what: str) -> torch.Tensor:
     if not (np.issubdtype(images.dtype, np.integer) or np.issubdtype(images.dtype, np.floating)):
         raise InputError(f"{what}: images are {images.dtype}, not numbers")
     pixels = torch.from_numpy(np.ascontiguousarray(images).astype(np.float32))
@@ -114,7 +134,7 @@ def _tensors(
     channels = images.shape[1]
     mean, std = (torch.tensor(t if len(t) == channels else t[:1]).view(1, -1, 1, 1) for t in (source.mean, source.std))
     scale = 1.0 if np.issubdtype(images.dtype, np.floating) else source.pixel_max
-    return TensorDataset(pixels.div_(scale).sub_(mean).div_(std), torch.from_numpy(labels.astype(np.int64)))
+    return pixels.div_(scale).sub_(mean).div_(std)
 
 
 def _read_digits(settings: DataSettings, root: Path) -> Arrays:
@@ -145,11 +165,16 @@ def _read_emnist(settings: DataSettings, root: Path) -> Arrays:
     return parts[0], parts[1], parts[2], parts[3]
 
 
+_TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "emnist": "EMNIST"}
+
+
 def _read_idx_pair(settings: DataSettings, root: Path, prefix: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     arrays = []
     for kind, digit, dims in (("images", 3, 3), ("labels", 1, 1)):
         name = f"{prefix}-{kind}-idx{digit}-ubyte"
         path = datafiles.find_file(root, name, f"{prefix}-{kind}.idx{digit}-ubyte")
+        downloaded = root / _TORCHVISION[settings.name] / "raw"
+        path = path or datafiles.find_file(downloaded, name)
         if path is None:
             message = f"data set {settings.name!r}: {name} (or .gz) is not in root='{root}'"
             raise InputError(message, hint=DATASETS[settings.name].how_to_get)
@@ -242,6 +267,32 @@ def _channels_first(images: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
     raise InputError(f"images have shape {list(images.shape)}", hint="[N, C, H, W] was expected", file=path)
 
 
+def _read_tokens(settings: DataSettings, root: Path) -> Arrays:
+    """An ``.npz`` of token ids ``x_train``, ``x_test`` [N, T] and labels ``y_train``, ``y_test``."""
+    arrays = datafiles.read_npz(root)
+    names = ("x_train", "y_train", "x_test", "y_test")
+    if missing := [name for name in names if name not in arrays]:
+        raise InputError(f"holds no array {missing[0]!r}", hint=", ".join(names), file=root)
+    return arrays["x_train"], arrays["y_train"].ravel(), arrays["x_test"], arrays["y_test"].ravel()
+
+
+def _read_folders(
+    read: Callable[[Path, int], tuple[datafolders.Labelled, datafolders.Labelled]], size: int
+) -> Callable[[DataSettings, Path], Arrays]:
+    """A reader of folders whose images are of ``size`` where the settings say nothing, or whose texts are."""
+
+    def arrays(settings: DataSettings, root: Path) -> Arrays:
+        try:
+            train, test = read(root, size if settings.size is None else settings.size)
+        except InputError as error:
+            if error.hint is not None or error.file is not None:
+                raise
+            raise InputError(error.message, hint=DATASETS[settings.name].how_to_get) from error
+        return *train, *test
+
+    return arrays
+
+
 _CIFAR_GET = "get {0} from https://www.cs.toronto.edu/~kriz/cifar.html and set data.root to the folder it lies in"
 
 DATASETS: Mapping[str, DataSource] = {
@@ -301,6 +352,46 @@ DATASETS: Mapping[str, DataSource] = {
         classes=100,
         default_root=None,
         how_to_get=_CIFAR_GET.format("cifar-100-binary.tar.gz or cifar-100-python.tar.gz"),
+    ),
+    "gtsrb": DataSource(
+        read=_read_folders(datafolders.read_gtsrb, 32),
+        mean=(0.3403, 0.3121, 0.3214),
+        std=(0.2724, 0.2608, 0.2669),
+        pixel_max=255.0,
+        classes=43,
+        default_root=None,
+        how_to_get="get GTSRB_Final_Training_Images.zip, GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip of "
+        "GTSRB, unpack them and set data.root to their folder",
+    ),
+    "image_folders": DataSource(
+        read=_read_folders(datafolders.read_image_folders, 32),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),  # of ImageNet, as for such folders usual
+        pixel_max=255.0,
+        classes=None,
+        default_root=None,
+        how_to_get="set data.root to a folder of train/CLASS/IMAGE and test/CLASS/IMAGE",
+    ),
+    "text_folders": DataSource(
+        read=_read_folders(datafolders.read_text_folders, 128),
+        mean=(),
+        std=(),
+        pixel_max=0.0,
+        classes=None,
+        default_root=None,
+        how_to_get="set data.root to a folder of train/CLASS/NAME.txt and test/CLASS/NAME.txt",
+        tokens=True,
+        vocabulary=257,
+    ),
+    "tokens": DataSource(
+        read=_read_tokens,
+        mean=(),
+        std=(),
+        pixel_max=0.0,
+        classes=None,
+        default_root=None,
+        how_to_get="set data.root to an .npz file of token ids x_train, x_test and labels y_train, y_test",
+        tokens=True,
     ),
     "npz": DataSource(
         read=_read_npz,

@@ -1,4 +1,4 @@
-"""The published on-disk forms of image data sets, read as arrays: IDX, CIFAR, npz. Nothing in a file is run."""
+"""The published on-disk forms of data sets, read as arrays: IDX, CIFAR, npz, images. Nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pickle
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,28 @@ def decode_jpegs(data: Bytes, offsets: npt.NDArray[np.int64], path: Path) -> Byt
         return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
     except _DAMAGED as error:
         raise InputError(f"image {len(images)} cannot be read as JPEG ({_one_line(error)})", file=path) from error
+
+
+def decode_images(paths: Sequence[Path], size: int, boxes: Sequence[tuple[int, int, int, int]] | None = None) -> Bytes:
+    """Images [N, 3, size, size] of image files, cut to their boxes (left, top, right, bottom), and resized."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        hint = 'install it with: pip install "dpquant[vision]"'
+        raise InputError("images in folders need Pillow", hint=hint) from error
+    images = np.empty((len(paths), 3, size, size), np.uint8)
+    for index, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                whole = image.convert("RGB")
+        except (SyntaxError, *_DAMAGED) as error:
+            raise InputError(f"cannot be read as an image ({_one_line(error)})", file=path) from error
+        box = None if boxes is None else boxes[index]
+        if box is not None and not (0 <= box[0] < box[2] <= whole.width and 0 <= box[1] < box[3] <= whole.height):
+            raise InputError(f"box {box} is not inside the image of {whole.width}x{whole.height}", file=path)
+        whole = whole if box is None else whole.crop(box)  # resize(box=...) would blend what is around it in
+        images[index] = np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    return images
 
 
 def read_bytes(path: Path) -> bytes:

@@ -239,11 +239,24 @@ def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
     with config.at("model", "name"), torch.random.fork_rng(devices=[]):
         takes = inspect.signature(models.MODELS[name]).parameters if name in models.MODELS else {}
         shape = splits.input_shape
-        for key, value in (("num_classes", splits.classes), ("in_channels", shape[0]), ("image_size", shape[-1])):
-            if key in takes:
-                options.setdefault(key, value)
+        known = {"num_classes": splits.classes, "in_channels": shape[0], "image_size": shape[-1], "length": shape[0]}
+        if splits.vocabulary is not None:
+            known["vocabulary"] = splits.vocabulary
+        options = {key: value for key, value in known.items() if key in takes} | options
+        if "vocabulary" in takes:
+            _check_tokens(splits, options.get("vocabulary", takes["vocabulary"].default))
         torch.manual_seed(stream_seed(root, "initialisation"))
         return models.build_model(name, **options)
+
+
+def _check_tokens(splits: Splits, vocabulary: int) -> None:
+    for part in (splits.train, splits.test):
+        tokens = part.tensors[0]
+        if tokens.is_floating_point():
+            raise InputError("the model takes token ids and the data set holds images")
+        if int(tokens.max()) >= vocabulary:
+            message = f"the data holds token {int(tokens.max())} and the model's vocabulary={vocabulary}"
+            raise InputError(message, hint="model.options.vocabulary: how many token ids there are")
 
 
 def _device(name: str) -> torch.device:

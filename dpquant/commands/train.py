@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, or a shipped one: digits, ...")
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/NAME-DATE-TIME")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--download", action="store_true", help="have torchvision fetch the data set into its root first"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write event files into the run folder")
     parser.add_argument(
         "--parallel",
@@ -133,6 +136,13 @@ def _started(
     from dpquant.rundir import RunFolder
     from dpquant.train import prepare
 
+    if args.download and processes.first:
+        from dpquant.data import DataSettings
+        from dpquant.download import download
+
+        with config.at("data", "name"):
+            download(DataSettings(**config["data"]))
+    processes.broadcast(None)  # the others wait for the files
     out.say("preparing: data, workload, noise")
     training = prepare(config, processes=processes)
     if not processes.first:
