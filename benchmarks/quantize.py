@@ -3,14 +3,16 @@
     python benchmarks/quantize.py [--quick] [--device cuda] [--threads 1,2] [--markdown]
 
 Every figure is the best of repeated runs, the copies between them, so that other work on the machine weighs little, and
-on both alike. Peers are timed where they are installed: qtorch (whose kernels compile at first use), torchao, and
-microscaling in plain torch as microxcaling does it.
+on both alike. On a GPU there are two: calls in a row, which the host's work may bound, and the same calls replayed from
+a CUDA graph, which is the kernels' own time; both by CUDA events. Peers are timed where they are installed: qtorch (whose
+kernels compile at first use), torchao, and microscaling in plain torch as microxcaling does it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import platform
 import sys
 import time
@@ -28,6 +30,7 @@ from emulation.formats import FORMATS, scalar_format
 from emulation.quantizer import Quantizer
 
 Step = Callable[[], object]
+STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Row:
     name: str
     seconds: float
     copy_seconds: float
+    replay_seconds: float = math.nan
+    copy_replay_seconds: float = math.nan
 
     @property
     def gigabytes_per_s(self) -> float:
@@ -47,23 +52,50 @@ class Row:
         return self.copy_seconds / self.seconds
 
 
-def seconds(step: Step, device: str, budget_s: float) -> float:
-    """The best of the runs in about ``budget_s``; on a GPU a run is 20 steps, of which the mean counts."""
+def seconds(step: Step, budget_s: float) -> float:
+    """The best of the runs in about ``budget_s``."""
     step()
     step()
-    steps = 20 if device == "cuda" else 1
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) < 7 or (time.perf_counter() - begun < budget_s and len(times) < 2000):
-        if device == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / steps)
+        step()
+        times.append(time.perf_counter() - start)
     return min(times)
+
+
+def device_seconds(step: Step, budget_s: float) -> float:
+    """The same on a GPU: between CUDA events around steps in a row, of which the mean counts."""
+    step()
+    step()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - begun < budget_s and len(times) < 200):
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(STEPS):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / STEPS)
+    return min(times)
+
+
+def replay_seconds(step: Step, budget_s: float) -> float:
+    """The time of a step in a captured graph of many; NaN where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        step()
+        with torch.cuda.graph(graph):
+            for _ in range(STEPS):
+                step()
+    except Exception as error:  # a peer that waits for the device
+        print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return math.nan
+    return device_seconds(graph.replay, budget_s) / STEPS
 
 
 def ours(x: Tensor, out: Tensor) -> dict[str, Step]:
@@ -87,6 +119,7 @@ def ours(x: Tensor, out: Tensor) -> dict[str, Step]:
     add("e4m3 per example, out=", Quantizer("fp8"))
     add("nvfp4 per tensor, out=", Quantizer("nvfp4", "tensor"))
     add("nvfp4 per example, out=", Quantizer("nvfp4"))
+    add("nvfp4 per example, stochastic, out=", Quantizer("nvfp4", rounding="stochastic"))
     add("mxfp4", Quantizer("mxfp4"), None)
     steps["e4m3 nearest, torch's operations, out="] = lambda: round_to(x, "fp8", out=out, backend="torch")
     return steps
@@ -131,8 +164,13 @@ def table(device: str, threads: int, elements: int, budget_s: float) -> list[Row
     steps = ours(x, out) | peers(x)
     rows = []
     for name, step in steps.items():
-        copy_s = seconds(lambda: out.copy_(x), device, budget_s / 2)
-        rows.append(Row(threads, x.numel(), name, seconds(step, device, budget_s), copy_s))
+        if device == "cpu":
+            copy_s = seconds(lambda: out.copy_(x), budget_s / 2)
+            rows.append(Row(threads, x.numel(), name, seconds(step, budget_s), copy_s))
+            continue
+        copy_s, copy_replay_s = (f(lambda: out.copy_(x), budget_s / 4) for f in (device_seconds, replay_seconds))
+        step_s, replay_s = (f(step, budget_s / 2) for f in (device_seconds, replay_seconds))
+        rows.append(Row(threads, x.numel(), name, step_s, copy_s, replay_s, copy_replay_s))
     return rows
 
 
@@ -151,12 +189,21 @@ def main() -> None:
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {len(FORMATS)} formats, float32, GB/s = 8 bytes an element / time")
     edge, join = ("| ", " | ") if arguments.markdown else ("", "  ")
-    print(edge + join.join([f"{'':48}", "threads", "elements", "   GB/s", "of copy", "   time"]))
+    columns = [f"{'':48}", "threads", "elements", "   GB/s", "of copy", "   time"]
+    if arguments.device == "cuda":
+        columns += ["replayed", "of copy's"]
+    print(edge + join.join(columns))
     for count, size in product(threads, sizes):
         torch.set_num_threads(count)
         for row in table(arguments.device, count, size, 0.1 if arguments.quick else 0.5):
             cells = [f"{row.name:48}", f"{count:7d}", f"{size:8.0e}", f"{row.gigabytes_per_s:7.2f}"]
-            print(edge + join.join([*cells, f"{row.of_copy:6.0%}", f"{row.seconds * 1e6:9.0f} us"]), flush=True)
+            cells += [f"{row.of_copy:6.0%}", f"{row.seconds * 1e6:9.1f} us"]
+            if arguments.device == "cuda":
+                cells += [
+                    f"{row.replay_seconds * 1e6:8.1f} us",
+                    f"{row.replay_seconds / row.copy_replay_seconds:6.2f} x",
+                ]
+            print(edge + join.join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def round_to(
 
     Raises:
         InputError: the format's values do not fit the dtype of ``x``; NaN for a format that has none (not looked for in
-            compiled code, under vmap and on meta tensors, where NaN stays NaN); no random bits for stochastic rounding.
+            compiled code, under vmap, on meta tensors and while a CUDA graph is captured, where NaN stays NaN; on a
+            GPU looking for it waits for the result); no random bits for stochastic rounding.
     """
     number = scalar_format(fmt)
     check_rounding(rounding, overflow, random_bits)
@@ -98,16 +99,16 @@ def _round(
     if x.dtype in (torch.float16, torch.bfloat16):
         rounded = _round(x.float(), fmt, rounding, overflow, key, random_bits, backend, None).to(x.dtype)
         return rounded if out is None else out.copy_(rounded)
-    refuse_nan = not fmt.has_nan and is_concrete(x)
+    refuse_nan = not fmt.has_nan and is_concrete(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     source = x.detach().contiguous()
     target = out if out is not None and out.is_contiguous() and not (refuse_nan and out is x) else None
     done, nan_seen = False, None
     if backend == "exact" and fusable(source):
         target = fused.empty_like(source) if target is None else target
         form = kernel_format(fmt, rounding, overflow, random_bits)
-        nan_seen = fused.round_flat(source, target, form, key)
+        nan_seen = fused.round_flat(source, target, form, key, looks_for_nan=refuse_nan)
         done = nan_seen is not None
-    if refuse_nan and not (done and source.device.type == "cpu"):
+    if refuse_nan and not done:
         nan_seen = bool(source.amax().isnan())
     if refuse_nan and nan_seen:
         raise InputError(f"NaN in x, and format {fmt.name!r} has none", hint="remove it first, or use a Quantizer")
@@ -250,11 +251,7 @@ def check_input(x: Tensor, fmt: NumberFormat, out: Tensor | None) -> None:
     if x.dtype != torch.float64:
         if x.dtype not in _FLOATS:
             raise InputError(f"x of dtype={x.dtype}", hint="float16, bfloat16, float32 and float64 are allowed")
-        mantissa, low, high = _FLOATS[x.dtype]
-        smallest = fmt.min_exponent - (0 if fmt.kind != "float" else fmt.mantissa_bits)
-        holds = fmt.mantissa_bits <= mantissa and low - mantissa <= smallest and fmt.max_exponent <= high
-        held = fmt.mantissa_bits >= mantissa and fmt.min_exponent <= low and fmt.max_exponent >= high
-        if not holds and not held:
+        if not _fits(fmt, x.dtype):
             raise InputError(
                 f"x of dtype={x.dtype} cannot hold the values of {fmt.name!r}", hint="convert it to float32 first"
             )
@@ -263,6 +260,15 @@ def check_input(x: Tensor, fmt: NumberFormat, out: Tensor | None) -> None:
             f"out of shape={tuple(out.shape)}, dtype={out.dtype}, device={out.device}",
             hint=f"it must be as x: {tuple(x.shape)}, {x.dtype}, {x.device}",
         )
+
+
+@lru_cache(maxsize=256)
+def _fits(fmt: NumberFormat, dtype: torch.dtype) -> bool:
+    """Whether the dtype holds the format's values, or the format the dtype's."""
+    mantissa, low, high = _FLOATS[dtype]
+    smallest = fmt.min_exponent - (0 if fmt.kind != "float" else fmt.mantissa_bits)
+    holds = fmt.mantissa_bits <= mantissa and low - mantissa <= smallest and fmt.max_exponent <= high
+    return holds or (fmt.mantissa_bits >= mantissa and fmt.min_exponent <= low and fmt.max_exponent >= high)
 
 
 def rounding_keys(

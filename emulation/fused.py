@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from functools import lru_cache
 
 import torch
@@ -16,7 +15,15 @@ from emulation.kernel_formats import MAGIC, RULES, KernelFormat, kernel_format
 _WIDEST_BLOCK = 1024  # what one Triton program keeps in registers
 
 
-def round_flat(x: Tensor, out: Tensor, form: KernelFormat | None, key: Tensor | None, units: int = 1) -> bool | None:
+def round_flat(
+    x: Tensor,
+    out: Tensor,
+    form: KernelFormat | None,
+    key: Tensor | None,
+    units: int = 1,
+    *,
+    looks_for_nan: bool = False,
+) -> bool | None:
     """``x`` on the grid in ``out``; equal parts of it, the units, have a scale each by the rule of ``form``.
 
     Args:
@@ -24,10 +31,11 @@ def round_flat(x: Tensor, out: Tensor, form: KernelFormat | None, key: Tensor | 
         form: the format, rounding and scale rule; None: not one of the kernels'.
         key: as ``rounding_keys`` gives it.
         units: how many; 1 is all of ``x``.
+        looks_for_nan: whether the caller must know; on a GPU that is a wait for it.
 
     Returns:
-        Whether there was a NaN (False also where a kernel does not look for it); None where there is no kernel, and
-        nothing was done.
+        Whether there was a NaN (False also where it is not looked for); None where there is no kernel, and nothing was
+        done.
     """
     if form is None:
         return None
@@ -40,10 +48,9 @@ def round_flat(x: Tensor, out: Tensor, form: KernelFormat | None, key: Tensor | 
         return None
     from emulation import quantize_triton
 
-    scaled = RULES[form.rule] != "none"
-    amaxes = torch.linalg.vector_norm(x.view(units, -1), math.inf, dim=1) if scaled else None
-    quantize_triton.round_flat(x, out, form, key, amaxes)
-    return False
+    nan = torch.zeros((), dtype=torch.int64, device=x.device) if looks_for_nan else None
+    quantize_triton.round_flat(x, out, form, key, units, nan)
+    return nan is not None and bool(nan)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -84,8 +91,7 @@ def quantize_blocks(
         return False
     from emulation import quantize_triton
 
-    amaxes = torch.linalg.vector_norm(x.view(units, -1), math.inf, dim=1) if two_levels else None
-    quantize_triton.quantize_blocks(x, out, form, block_form, key, amaxes, shape, size)
+    quantize_triton.quantize_blocks(x, out, form, block_form, key, shape, size, units)
     return True
 
 

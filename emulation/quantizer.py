@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -25,12 +26,13 @@ from emulation.codec import (
     straight_through,
 )
 from emulation.errors import InputError, suggestion
-from emulation.formats import FORMATS, SCALE_RULES, BlockFormat, Format, NumberFormat, ScaleRule, get_format
-from emulation.kernel_formats import kernel_format
+from emulation.formats import SCALE_RULES, BlockFormat, Format, NumberFormat, ScaleRule, get_format, scalar_format
+from emulation.kernel_formats import KernelFormat, kernel_format
 from emulation.rounding import Overflow, Rounding, on_grid
 from emulation.scales import scale_from, two_level_scales
 
 Granularity = Literal["tensor", "example", "channel", "block"]
+_FLOAT32 = scalar_format("float32")
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "example", "channel", "block")
 
 
@@ -132,7 +134,7 @@ class Quantizer:
     @property
     def scale_format(self) -> NumberFormat:
         """The format of the scales."""
-        fmt = self.format.scale if isinstance(self.format, BlockFormat) else FORMATS["float32"]
+        fmt = self.format.scale if isinstance(self.format, BlockFormat) else _FLOAT32
         assert isinstance(fmt, NumberFormat)
         return fmt
 
@@ -164,7 +166,7 @@ class Quantizer:
 
         An element without a number (its scale is NaN) has code 0 where its format has no NaN.
         """
-        check_input(x, _float32(), None)
+        check_input(x, _FLOAT32, None)
         key = self._keys(x, generator, keys)
         layout = self._layout(x, axis, key)
         wide = x.detach().float().contiguous()
@@ -229,21 +231,20 @@ class Quantizer:
     def _fake_quantize(
         self, x: Tensor, key: Tensor | None, axis: int, out: Tensor | None, masked: bool
     ) -> tuple[Tensor, Tensor | None]:
-        check_input(x, _float32(), out)
+        check_input(x, _FLOAT32, out)
         x = x.detach()
         if not x.numel():
             return (x.clone() if out is None else out), (torch.ones_like(x, dtype=torch.bool) if masked else None)
-        layout = self._layout(x, axis, key)
         wide = x.float().contiguous()
-        if self.backend == "exact" and not masked and fusable(wide):
-            buffer = out if out is not None and out.is_contiguous() and out.dtype == wide.dtype else None
-            buffer = fused.empty_like(wide) if buffer is None else buffer
-            if self._fused(wide, buffer, layout, key):
+        if self._form is not None and not masked and fusable(wide):
+            fits = out is not None and out.is_contiguous() and out.dtype == wide.dtype
+            buffer = out if out is not None and fits else fused.empty_like(wide)
+            if self._fused(wide, buffer, axis, key):
                 if out is not None:
                     return (out if buffer is out else out.copy_(buffer)), None
-                return (buffer if buffer.stride() == x.stride() else torch.empty_like(x).copy_(buffer)).to(
-                    x.dtype
-                ), None
+                kept = buffer.stride() == x.stride()
+                return (buffer if kept else torch.empty_like(x).copy_(buffer)).to(x.dtype), None
+        layout = self._layout(x, axis, key)
         source = wide.view(layout.view)
         scales = self._scales(wide, layout)
         mask = torch.empty_like(source, dtype=torch.bool) if masked else None
@@ -270,22 +271,34 @@ class Quantizer:
             result = torch.empty_like(x).copy_(result)
         return result, None if mask is None else mask.view(x.shape)
 
-    def _fused(self, x: Tensor, out: Tensor, layout: ScaleLayout, key: Tensor | None) -> bool:
-        """Quantizes in one pass of a kernel; False where the layout, a rule or a rounding is not one of a kernel's."""
+    @cached_property
+    def _form(self) -> KernelFormat | None:
+        """What the kernels are told; None where they cannot do it."""
         assert self.scale_rule is not None
-        if len(layout.block_axes) > 1 or (self.scale_rule != "none" and layout.kept not in ((), (0,))):
-            return False
-        form = kernel_format(
+        if self.backend != "exact" or (self.square_blocks and self.scale_rule != "none"):
+            return None
+        if self.granularity == "channel" and self.channel_axis != 0 and self.scale_rule != "none":
+            return None
+        return kernel_format(
             self.element, self.rounding, self._overflow, self.random_bits, self.scale_rule, self.scale_format
         )
-        units, shape = (layout.shape[0] if layout.kept else 1), layout.shape
-        if self.scale_rule == "none" or not layout.block_axes:
-            return fused.round_flat(x, out, form, key, 1 if self.scale_rule == "none" else units) is not None
-        axis = layout.block_axes[0]
-        if axis == 0 and units > 1:
+
+    def _fused(self, x: Tensor, out: Tensor, axis: int, key: Tensor | None) -> bool:
+        """Quantizes in one pass of a kernel; False where the layout, a rule or a rounding is not one of a kernel's."""
+        form, shape = self._form, tuple(x.shape) or (1,)
+        assert form is not None
+        if self.scale_rule == "none":
+            return fused.round_flat(x, out, form, key, 1) is not None
+        kept, axes = self._axes(shape, axis)
+        units = shape[0] if kept else 1
+        if not axes:
+            return fused.round_flat(x, out, form, key, units) is not None
+        (along,) = axes
+        if along == 0 and units > 1:
             return False
-        seen_as = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-        return fused.quantize_blocks(x, out, form, self.scale_format, key, seen_as, layout.block_size, units)
+        seen_as = (math.prod(shape[:along]), shape[along], math.prod(shape[along + 1 :]))
+        assert self.block_size is not None
+        return fused.quantize_blocks(x, out, form, self.scale_format, key, seen_as, self.block_size, units)
 
     def _rounded(
         self, x: Tensor, scales: _Scales, where: tuple[slice, ...], noise: Tensor | None
@@ -303,30 +316,33 @@ class Quantizer:
 
     def _layout(self, x: Tensor, axis: int, key: Tensor | None) -> ScaleLayout:
         shape = tuple(x.shape) or (1,)
+        kept, axes = self._axes(shape, axis)
+        whole_rows = key is not None and key.dim() > 0
+        return ScaleLayout(
+            shape=shape, kept=kept, block_axes=axes, block_size=self.block_size or 1, whole_rows=whole_rows
+        )
+
+    def _axes(self, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes along which units differ, and those along which blocks run."""
         kept: tuple[int, ...] = (0,)
         if self.granularity == "tensor":
             kept = ()
         elif self.granularity == "channel":
             kept = (_dimension("channel_axis", self.channel_axis, len(shape)),)
-        axes: tuple[int, ...] = ()
-        if self.block_size is not None and self.scale_rule != "none":
-            last = _dimension("axis", axis, len(shape))
-            axes = (last - 1, last) if self.square_blocks else (last,)
-            if axes[0] < 0:
-                raise InputError(
-                    f"square blocks with axis={axis} of x of {len(shape)} dimensions", hint="use 2 or more"
-                )
-            if 0 in axes and self.granularity in ("example", "block"):
-                raise InputError(
-                    f"axis={axis} of x of shape={tuple(x.shape)}: blocks of {self.format.name!r} would mix examples",
-                    hint="choose another axis, or granularity='tensor' for a tensor without examples, as a weight",
-                )
-            if self.granularity == "channel" and kept[0] in axes:
-                raise InputError(f"blocks along channel_axis={self.channel_axis}", hint="choose another axis")
-        whole_rows = key is not None and key.dim() > 0
-        return ScaleLayout(
-            shape=shape, kept=kept, block_axes=axes, block_size=self.block_size or 1, whole_rows=whole_rows
-        )
+        if self.block_size is None or self.scale_rule == "none":
+            return kept, ()
+        last = _dimension("axis", axis, len(shape))
+        axes = (last - 1, last) if self.square_blocks else (last,)
+        if axes[0] < 0:
+            raise InputError(f"square blocks with axis={axis} of x of {len(shape)} dimensions", hint="use 2 or more")
+        if 0 in axes and self.granularity in ("example", "block"):
+            raise InputError(
+                f"axis={axis} of x of shape={shape}: blocks of {self.format.name!r} would mix examples",
+                hint="choose another axis, or granularity='tensor' for a tensor without examples, as a weight",
+            )
+        if self.granularity == "channel" and kept[0] in axes:
+            raise InputError(f"blocks along channel_axis={self.channel_axis}", hint="choose another axis")
+        return kept, axes
 
     def _scales(self, x: Tensor, layout: ScaleLayout) -> _Scales:
         assert self.scale_rule is not None
@@ -387,12 +403,6 @@ class _Scales:
     fitted: Tensor
     unit: Tensor | None = None
     factor: Tensor | None = None
-
-
-def _float32() -> NumberFormat:
-    fmt = FORMATS["float32"]
-    assert isinstance(fmt, NumberFormat)
-    return fmt
 
 
 def _dimension(name: str, value: int, dims: int) -> int:

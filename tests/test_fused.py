@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from emulation import fused
 from emulation.codec import derive_keys, round_to
+from emulation.errors import InputError
 from emulation.formats import FORMATS, NumberFormat, scalar_format
 from emulation.kernel_formats import BITS, IDENTITY, INTEGER, MAGIC, kernel_format, kernel_kind
 from emulation.quantizer import Quantizer
@@ -85,7 +89,12 @@ def test_a_gpu_quantizes_to_the_same_bits(name: str, granularity: str, rounding:
         ((2, 1, 1), 1),
         ((2, 64, 14, 14), 1),
         ((7, 1), 1),
+        ((3, 20_000), 1),
+        ((2, 33, 49), 1),
+        ((6, 48), 0),
     ):
+        if axis == 0 and granularity != "tensor":
+            continue
         x = torch.randn(shape, generator=generator)
         wild = x * torch.exp2(torch.randint(-140, 120, shape, generator=generator).float())
         spoiled = x.clone()
@@ -96,3 +105,63 @@ def test_a_gpu_quantizes_to_the_same_bits(name: str, granularity: str, rounding:
             expected = slow.fake_quantize(data, keys=keys, axis=axis)
             assert same(quantizer.fake_quantize(data.cuda(), keys=keys, axis=axis).cpu(), expected)
             assert same(quantizer(data.cuda(), keys=keys, axis=axis).dequantize().cpu(), expected)
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_a_gpu_takes_any_memory() -> None:
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x[1:].view(5, 640),  # in the middle of 16 bytes
+        lambda x: x[:-1].view(640, 5).t(),
+        lambda x: x[:-1].view(5, 64, 10).transpose(1, 2),
+    ]
+    host = torch.randn(5 * 640 + 1)
+    device = host.cuda()
+    for name, view in product(["fp8", "luq_fp4", "mxfp4", "nvfp4"], views):
+        rounding = "stochastic" if name in ("luq_fp4", "mxfp4") else "nearest_even"
+        fast, slow = (Quantizer(name, rounding=rounding, backend=b) for b in ("exact", "torch"))
+        keys = derive_keys(2, torch.arange(5)) if rounding == "stochastic" else None
+        result = fast.fake_quantize(view(device), keys=keys)
+        assert result.stride() == torch.empty_like(view(device)).stride()
+        assert same(result.cpu(), slow.fake_quantize(view(host), keys=keys))
+    big = torch.randn(4, 300_000)
+    for name in ("fp8", "nvfp4"):
+        for granularity in ("tensor", "example"):
+            fast, slow = (Quantizer(name, granularity, backend=b) for b in ("exact", "torch"))
+            assert same(fast.fake_quantize(big.cuda()).cpu(), slow.fake_quantize(big))
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_a_gpu_finds_nan_where_the_format_has_none() -> None:
+    x = torch.randn(3, 5000).cuda()
+    round_to(x, "fp4")
+    x[2, 4321] = torch.nan
+    with pytest.raises(InputError, match="NaN in x"):
+        round_to(x, "fp4")
+    with pytest.raises(InputError, match="NaN in x"):
+        round_to(x, "int8", "stochastic", keys=derive_keys(1))
+    assert round_to(x, "fp8").isnan().sum() == 1
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["fp8", "luq_fp4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("granularity", ["tensor", "example"])
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+def test_calls_are_captured_in_graphs(name: str, granularity: str, rounding: str) -> None:
+    quantizer = Quantizer(name, granularity, rounding=rounding)
+    x, element = torch.randn(4, 20_000, device="cuda"), quantizer.element
+    keys = derive_keys(1, torch.arange(4)).cuda() if rounding == "stochastic" else None
+
+    def calls() -> tuple[Tensor, Tensor]:
+        return quantizer.fake_quantize(x, keys=keys), round_to(x, element, rounding, keys=keys)
+
+    calls()  # what is not compiled yet compiles now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = calls()
+    for seed in (1, 2):
+        x.copy_(torch.randn(4, 20_000, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert all(map(same, results, calls()))
