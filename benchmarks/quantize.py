@@ -4,7 +4,7 @@
 
 Every figure is the best of repeated runs, the copies between them, so that other work on the machine weighs little, and
 on both alike. On a GPU there are two: calls in a row, which the host's work may bound, and the same calls replayed from
-a CUDA graph, which is the kernels' own time; both by CUDA events. Peers are timed where they are installed: qtorch (whose
+a CUDA graph, which is the kernels' own time; both by CUDA events. Peers are timed where they are installed: qtorch (its
 kernels compile at first use), torchao, and microscaling in plain torch as microxcaling does it.
 """
 

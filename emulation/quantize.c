@@ -96,7 +96,8 @@ INLINE float rounded(float s, const Format *f, const int kind, const int stochas
 
 /* i * GOLDEN: of few elements the compiler would work them out one by one. */
 #define FOUR(i) (i) * GOLDEN, ((i) + 1) * GOLDEN, ((i) + 2) * GOLDEN, ((i) + 3) * GOLDEN
-static const uint32_t PRODUCTS[32] = {FOUR(0u), FOUR(4u), FOUR(8u), FOUR(12u), FOUR(16u), FOUR(20u), FOUR(24u), FOUR(28u)};
+static const uint32_t PRODUCTS[32] = {FOUR(0u),  FOUR(4u),  FOUR(8u),  FOUR(12u),
+                                      FOUR(16u), FOUR(20u), FOUR(24u), FOUR(28u)};
 
 enum { UNSCALED, TIMES, OVER }; /* an element is scaled by the factor, or divided by the scale */
 
@@ -212,7 +213,7 @@ INLINE void scales_by(const int32_t *tops, int64_t n, float unit_amax, const For
     }
 }
 
-/* Scales and factors of n blocks from the bits of their largest magnitudes; unit_amax is of the unit above, for NVFP4. */
+/* Scales and factors of n blocks from the bits of their largest magnitudes; unit_amax: of the unit above, for NVFP4. */
 static void scales(const int32_t *tops, int64_t n, float unit_amax, const Format *f, const Format *block_format,
                    float *scale, float *factor) {
     switch (f->rule) {
