@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dpquant.statistics import Sample, paired, sample
 from dpquant.sweep_results import SweepResult
 from emulation.errors import InputError, suggestion
 from hwmodels.fields import Anything, Fields, Items, Number, OneOf, Table, Text, problems
-from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
+from hwmodels.strict_yaml import Document, KeyPath, parse_yaml, raise_all, read_yaml
 
 _FOLDER = Path(__file__).parent
 _SHIPPED = (_FOLDER.parent / "configs" / "sweeps", _FOLDER / "configs" / "sweeps")
@@ -140,6 +140,30 @@ def load_sweep(path: str | Path, overrides: Mapping[KeyPath, Any] | None = None)
         hint = "every other setting of the two has to be the same"
         raise document.error(("compare", "to"), f"compare.to={_text(baseline)} is the baseline of no point", hint=hint)
     return found
+
+
+def only(sweep: Sweep, wanted: Sequence[str]) -> Sweep:
+    """The part of a sweep whose points have all these values.
+
+    Args:
+        sweep: the whole.
+        wanted: ``KEY=VALUE``, the key dotted or its last part, the value as YAML has it.
+
+    Raises:
+        InputError: a key that the sweep does not vary, or no run is left.
+    """
+    short = {name: key for key, name in short_names(sweep.keys).items()}
+    values: dict[str, Any] = {}
+    for text in wanted:
+        name, _, value = text.partition("=")
+        key = short.get(name, name)
+        if key not in sweep.keys:
+            raise InputError(f"the sweep does not vary {name!r}", hint=suggestion(name, [*short, *sweep.keys]))
+        values[key] = parse_yaml(value, file=text).data
+    runs = tuple(run for run in sweep.runs if point_key({k: run.settings[k] for k in values}) == point_key(values))
+    if not runs:
+        raise InputError(f"no run of the sweep has {' '.join(wanted)}", hint="--dry-run lists them")
+    return replace(sweep, runs=runs)
 
 
 def _varied(data: Mapping[str, Any]) -> tuple[str, ...]:

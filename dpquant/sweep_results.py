@@ -51,6 +51,8 @@ class SweepResult:
     energy_share_calibrated: float | None = None
     wall_s: float | None = None
     """Measured seconds of training and testing, on ``device``."""
+    ended_s: float | None = None
+    """When it ended, in seconds since 1970: with ``wall_s``, how long runs side by side took together."""
     device: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 

@@ -194,6 +194,7 @@ def _measured(run: SweepRun, path: Path, deadline: float) -> dict[str, Any]:
         "quantized_share": summary.quantized_share,
         **_modelled(training.engine, records),
         "wall_s": summary.wall_s,
+        "ended_s": time.time(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
     }
 

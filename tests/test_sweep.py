@@ -23,7 +23,7 @@ from dpquant.config import load_config
 from dpquant.report import summarize
 from dpquant.rundir import load_run, take_lock
 from dpquant.statistics import paired, sample
-from dpquant.sweep import Sweep, load_sweep, outcomes, shipped_sweeps
+from dpquant.sweep import Sweep, load_sweep, only, outcomes, shipped_sweeps
 from dpquant.sweep_results import SweepResult, append_result, read_results, write_results
 from emulation.errors import InputError
 from tests.test_cli import DOCUMENTED, Capture, answer, refused, shown, write_config
@@ -452,6 +452,18 @@ def test_time_limit_stops_between_epochs_and_the_next_call_goes_on(
     assert 1 <= len(started) <= jobs
     assert all(len(records.read_text().splitlines()) == 1 for records in started)
     assert figures(sweep_runs.train_sweep(sweep, out, time_limit=1e6)) == figures(whole)
+
+
+def test_a_part_of_a_sweep_by_its_settings(tmp_path: Path) -> None:
+    sweep = load_sweep(spec(tmp_path, SCHEDULERS))
+    part = only(sweep, ["scheduler=pls"])
+    assert [run.settings["schedule.scheduler"] for run in part.runs] == ["pls"] * len(part.runs)
+    assert 0 < len(part.runs) < len(sweep.runs)
+    assert only(sweep, ["schedule.scheduler=pls"]) == part
+    with pytest.raises(InputError, match="does not vary 'schedler'"):
+        only(sweep, ["schedler=pls"])
+    with pytest.raises(InputError, match="no run of the sweep has scheduler=none"):
+        only(sweep, ["scheduler=none"])
 
 
 def figures(results: Mapping[str, SweepResult]) -> dict[str, Any]:

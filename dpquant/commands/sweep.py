@@ -22,6 +22,7 @@ examples:
   dpquant sweep digits_schedulers                   a sweep that ships
   dpquant sweep my.yaml --out sweeps/mine --jobs 4  or what is left of it
   dpquant sweep my.yaml --out sweeps/mine --report  the table so far
+  dpquant sweep my.yaml --only scheduler=static     a part of it
   dpquant sweep my.yaml --jobs 64 --backend dask    on the cluster that
                                                     DASK_SCHEDULER_ADDRESS names
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="then stop after the epochs under way; goes on next time"
     )
+    parser.add_argument("--only", nargs="+", default=(), metavar="KEY=VALUE", help="the runs with these settings alone")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, train none")
     parser.add_argument("--report", action="store_true", help="show the results there are, train none")
 
@@ -60,13 +62,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.time_limit is not None and not args.time_limit > 0:
         raise InputError(f"--time-limit {args.time_limit:g} must be above 0 seconds")
     from dpquant import sweep_runs
-    from dpquant.sweep import load_sweep, outcomes
+    from dpquant.sweep import load_sweep, only, outcomes
     from dpquant.sweep_results import RESULTS, read_results
 
     if args.backend not in sweep_runs.BACKENDS:
         raise InputError(f"unknown --backend {args.backend!r}", hint=suggestion(args.backend, sweep_runs.BACKENDS))
     here = {("training", "device"): args.device, ("data", "root"): args.data_root}
     sweep = load_sweep(args.spec, {key: value for key, value in here.items() if value is not None})
+    if args.only:
+        sweep = only(sweep, args.only)
     for name, reason in sweep.refused.items():
         out.say(f"left out: {name}: {reason}")
     if args.dry_run:
