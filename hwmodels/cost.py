@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ class StepModel:
         self.names = tuple(layer.name for layer in workload.layers)
         self.index = {name: index for index, name in enumerate(self.names)}
         self._quantizable = frozenset(workload.quantizable)
+        self._baseline_name = get_format(self.options.baseline).name
         self._pricer = Pricer(workload, profile, self.options, self.basis)
         self._lists: dict[str | None, PriceList] = {}
         hooked = sum(layer.parameters > 0 for layer in workload.layers) if self.options.private else 0
@@ -99,14 +101,16 @@ class StepModel:
         Raises:
             InputError: a layer that cannot be quantized, or a format that the chip has no rate for.
         """
-        baseline = self.profile.rate(get_format(self.options.baseline)).format
-        canonical = {fmt: self.profile.rate(get_format(fmt)).format for fmt in set(plan.values())}
-        for name in plan:
-            if name not in self._quantizable:
-                raise InputError(
-                    f"layer {name!r} of the plan is not quantizable",
-                    hint=suggestion(name, self.workload.quantizable) if self.workload.quantizable else None,
-                )
+        canonical = {fmt: self.profile.rate(fmt).format for fmt in set(plan.values())}
+        if not plan.keys() <= self._quantizable:
+            name = next(name for name in plan if name not in self._quantizable)
+            raise InputError(
+                f"layer {name!r} of the plan is not quantizable",
+                hint=suggestion(name, self.workload.quantizable) if self.workload.quantizable else None,
+            )
+        baseline = self.profile.rate(self.options.baseline).format
+        if canonical.keys() == set(canonical.values()) and baseline not in canonical:
+            return dict(plan)
         return {name: canonical[fmt] for name, fmt in plan.items() if canonical[fmt] != baseline}
 
     def mixed(self, plan: Mapping[str, str]) -> PriceList:
@@ -115,15 +119,8 @@ class StepModel:
         formats = set(plan.values())
         if len(formats) == 1 and len(plan) == len(self._quantizable):
             return self.prices(formats.pop())
-        parts = {f.name: getattr(base, f.name) for f in fields(base)}
-        parts = {name: None if part is None else part.copy() for name, part in parts.items()}
-        for format_name in formats:
-            columns = [self.index[name] for name, fmt in plan.items() if fmt == format_name]
-            found = self.prices(format_name)
-            for name, part in parts.items():
-                if part is not None:
-                    part[..., columns] = getattr(found, name)[..., columns]
-        return PriceList(**parts)
+        columns = {fmt: [self.index[name] for name, chosen in plan.items() if chosen == fmt] for fmt in formats}
+        return base.with_columns({fmt: self.prices(fmt) for fmt in formats}, columns)
 
     def waits(self, device_s: Array, kernels: Array) -> Array:
         """Seconds that the device waits for an eager host, spread over the layers by their kernels."""
@@ -136,34 +133,38 @@ class StepModel:
 
     def step_s(self, plan: Mapping[str, str]) -> float:
         """Seconds of the step under a plan with canonical format names."""
-        found = self.mixed(plan)
-        device = found.seconds.sum(0)
-        return float(device.sum() + self.waits(device, found.kernels).sum())
+        return self._spent(self.mixed(plan))[0]
 
     def joules(self, plan: Mapping[str, str]) -> float | None:
         """Joules of the step under a plan with canonical format names; None where the chip's power is not known."""
-        found = self.mixed(plan)
-        return self._joules(found, float(self.waits(found.seconds.sum(0), found.kernels).sum()))
+        return self._spent(self.mixed(plan))[1]
 
-    def _joules(self, found: PriceList, waits_s: float) -> float | None:
+    def _spent(self, found: PriceList) -> tuple[float, float | None]:
+        """Seconds and joules, those included that the device waits for its host."""
+        device = found.seconds.sum(0)
+        waits_s = float(self.waits(device, found.kernels).sum()) if self.options.eager else 0.0
         power = self.profile.power
-        if found.joules is None or power is None:
-            return None
-        return float(found.joules.sum()) + power.idle_w * waits_s
+        joules = None if found.joules is None or power is None else float(found.joules.sum()) + power.idle_w * waits_s
+        return float(device.sum()) + waits_s, joules
+
+    @cached_property
+    def _baseline(self) -> tuple[float, float | None]:
+        """Seconds and joules with nothing quantized."""
+        return self._spent(self.prices(None))
 
     def estimate(self, plan: Mapping[str, str]) -> Estimate:
         """The whole account of a plan."""
         formats = self.plan_formats(plan)
-        found, base = self.mixed(formats), self.prices(None)
-        seconds, bounds = found.seconds.copy(), found.bounds.sum(1)
-        waits = self.waits(seconds.sum(0), found.kernels)
-        seconds[PHASE["launch"]] += waits
-        bounds[LAUNCH] += waits.sum()
-        base_waits = float(self.waits(base.seconds.sum(0), base.kernels).sum())
-        baseline_s = float(base.seconds.sum()) + base_waits
-        step_s = float(found.seconds.sum()) + float(waits.sum())
+        found, (baseline_s, baseline_joules) = self.mixed(formats), self._baseline
+        layers, totals = found.seconds.sum(0), found.totals()
+        step_s, joules = self._spent(found)
+        if self.options.eager:
+            waits = self.waits(layers, found.kernels)
+            layers, waits_s = layers + waits, float(waits.sum())
+            totals.seconds[PHASE["launch"]] += waits_s
+            totals.bounds[LAUNCH] += waits_s
         memory = peak_memory_bytes(self.workload, formats, self.options)
-        spread = found.spread.sum(1).tolist()
+        low, high = totals.spread.tolist()
         return Estimate(
             hardware=self.profile.name,
             basis=self.basis,
@@ -171,22 +172,20 @@ class StepModel:
             step_s=step_s,
             baseline_s=baseline_s,
             speedup=baseline_s / step_s,
-            step_band_s=None if self.basis == "peak" else (step_s + spread[0], step_s + spread[1]),
-            energy_joules=self._joules(found, float(waits.sum())),
-            baseline_energy_joules=self._joules(base, base_waits),
+            step_band_s=None if self.basis == "peak" else (step_s + low, step_s + high),
+            energy_joules=joules,
+            baseline_energy_joules=baseline_joules,
             peak_memory_bytes=memory,
-            bound=BOUNDS[int(np.argmax(bounds))],
+            bound=BOUNDS[int(totals.bounds.argmax())],
             native=all(self.profile.rate(fmt).native for fmt in set(formats.values())),
-            phases=dict(zip(PHASES, seconds.sum(1).tolist(), strict=True)),
-            layers=dict(zip(self.names, seconds.sum(0).tolist(), strict=True)),
-            notes=self._notes(formats, memory, int(found.outside.sum())),
+            phases=dict(zip(PHASES, totals.seconds.tolist(), strict=True)),
+            layers=dict(zip(self.names, layers.tolist(), strict=True)),
+            notes=self._notes(formats, memory, int(totals.outside)),
         )
 
     def _notes(self, formats: Mapping[str, str], memory: int, outside: int) -> tuple[str, ...]:
         notes, profile = [], self.profile
-        used = [
-            profile.rate(name) for name in dict.fromkeys((*formats.values(), get_format(self.options.baseline).name))
-        ]
+        used = [profile.rate(name) for name in dict.fromkeys((*dict.fromkeys(formats.values()), self._baseline_name))]
         for rate in used:
             if rate.falls_back_to:
                 notes.append(

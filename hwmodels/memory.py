@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from hwmodels.dpsgd import forms_gradients, keeps_gradients
 from hwmodels.profile import stored_bytes
@@ -42,6 +43,11 @@ class _Unquantized:
     outputs: Mapping[str, float]  # elements per example of the output gradients that book-keeping keeps
     alone: tuple[tuple[frozenset[str], int], ...]  # saved tensors that only quantizable layers read
 
+    @cached_property
+    def whole(self) -> tuple[int, float, int]:
+        """The sums of all three."""
+        return sum(self.inputs.values()), sum(self.outputs.values()), sum(elements for _, elements in self.alone)
+
 
 def footprint(workload: Workload, formats: Mapping[str, str], options: StepOptions) -> Footprint:
     """What a step holds at once, allocator's fragmentation and libraries' workspaces aside.
@@ -58,6 +64,11 @@ def footprint(workload: Workload, formats: Mapping[str, str], options: StepOptio
     plain = _plain(workload, options)
     width, codes = stored_bytes(options.baseline), {name: stored_bytes(name) for name in set(formats.values())}
     per_example = plain.footprint.example_bytes
+    if len(codes) == 1 and len(formats) == len(plain.inputs):  # the plan asked for most: every layer, one format
+        (code,) = codes.values()
+        inputs, outputs, alone = plain.whole
+        per_example += inputs * code + outputs * (code - width) - alone * width
+        return Footprint(fixed_bytes=plain.footprint.fixed_bytes, example_bytes=per_example)
     for name, format_name in formats.items():
         code = codes[format_name]
         per_example += plain.inputs[name] * code + plain.outputs[name] * (code - width)

@@ -6,6 +6,7 @@ every layer in the baseline, one per format with every quantizable layer in it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +16,21 @@ from hwmodels.dpsgd import demand
 from hwmodels.gemm import gemm_rates, kernel_of
 from hwmodels.gemm_arrays import Array, products_seconds
 from hwmodels.profile import Basis, FormatRate, HardwareProfile, stored_bytes
-from hwmodels.step import PHASE, Demand, StepOptions
+from hwmodels.step import PHASE, PHASES, Demand, StepOptions
 from hwmodels.workload import Workload
 
 BOUNDS = ("compute", "memory", "launch")
-LAUNCH = BOUNDS.index("launch")
+MEMORY, LAUNCH = BOUNDS.index("memory"), BOUNDS.index("launch")
 MEMORY_SHARE_OF_POWER = 0.85
 """Dynamic power of memory at full bandwidth, as a share of limit minus idle: seen 0.81 (B200) to 0.9 (H200) on
 memory-bound GEMMs; used where a profile has no fitted power."""
+
+
+_PHASES = slice(0, len(PHASES))
+_BOUNDS = slice(_PHASES.stop, _PHASES.stop + len(BOUNDS))
+_SPREAD = slice(_BOUNDS.stop, _BOUNDS.stop + 2)
+_JOULES, _KERNELS, _OUTSIDE = range(_SPREAD.stop, _SPREAD.stop + 3)
+_ROWS = _OUTSIDE + 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,20 +38,55 @@ class PriceList:
     """Every layer of a workload in one format (or in the baseline), priced on one chip.
 
     Attributes:
-        seconds: [phases, layers] on the device.
-        joules: [layers]; None where the chip's power is not known.
-        bounds: [3, layers] the same seconds by what bounds them, in the order of ``BOUNDS``.
-        kernels: [layers] launched.
-        spread: [2, layers] seconds to add for the lower and the upper end of the fitted model's band.
-        outside: [layers] products of sizes outside those that the model was fitted on.
+        table: [rows, layers] (or [rows], summed): what the properties below are rows of.
+        powered: whether the chip's power is known.
     """
 
-    seconds: Array
-    joules: Array | None
-    bounds: Array
-    kernels: Array
-    spread: Array
-    outside: Array
+    table: Array
+    powered: bool
+
+    @property
+    def seconds(self) -> Array:
+        """[phases, layers] on the device."""
+        return self.table[_PHASES]
+
+    @property
+    def bounds(self) -> Array:
+        """[3, layers] the same seconds by what bounds them, in the order of ``BOUNDS``."""
+        return self.table[_BOUNDS]
+
+    @property
+    def spread(self) -> Array:
+        """[2, layers] seconds to add for the lower and the upper end of the fitted model's band."""
+        return self.table[_SPREAD]
+
+    @property
+    def joules(self) -> Array | None:
+        """[layers]; None where the chip's power is not known."""
+        return self.table[_JOULES] if self.powered else None
+
+    @property
+    def kernels(self) -> Array:
+        """[layers] launched."""
+        found: Array = self.table[_KERNELS]
+        return found
+
+    @property
+    def outside(self) -> Array:
+        """[layers] products of sizes outside those that the model was fitted on."""
+        found: Array = self.table[_OUTSIDE]
+        return found
+
+    def totals(self) -> PriceList:
+        """The sums over all layers: the same rows without the dimension of layers."""
+        return PriceList(table=self.table.sum(1), powered=self.powered)
+
+    def with_columns(self, others: Mapping[str, PriceList], columns: Mapping[str, Sequence[int]]) -> PriceList:
+        """This list with some layers' columns from other lists, both by name."""
+        table = self.table.copy()
+        for name, chosen in columns.items():
+            table[:, chosen] = others[name].table[:, chosen]
+        return PriceList(table=table, powered=self.powered)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,10 +103,6 @@ class _Power:
         return np.minimum(self.idle_w * seconds + dynamic, self.limit_w * seconds)
 
 
-Parts = tuple[Array, ...]
-"""Seconds, seconds by bound, joules; of products, spread and outside too (see ``PriceList``)."""
-
-
 class Pricer:
     """Prices one step's work on one chip, a format at a time."""
 
@@ -72,45 +111,37 @@ class Pricer:
         self.work: Demand = demand(workload, options)
         self.baseline = profile.rate(options.baseline)
         self.quantizable = np.array([layer.quantizable for layer in workload.layers], dtype=bool)
-        self._gemms: dict[tuple[str, float, float], Parts] = {}
+        self._gemms: dict[tuple[object, ...], Array] = {}
         self._lists: dict[tuple[object, ...] | None, PriceList] = {}
-        self._kernels = self.work.kernels.sum(0)
-        np.add.at(self._kernels, self.work.rows_layer, self.work.repeats)
-        plain = self._price_passes(self.work.bytes, self.work.vector_flops, self.work.kernels)
-        plain[0][PHASE["launch"]] += plain[1][LAUNCH]
-        self._plain = plain
+        self._plain = self._price_passes(self.work.bytes, self.work.vector_flops, self.work.kernels)
+        np.add.at(self._plain[_KERNELS], self.work.rows_layer, self.work.repeats)
+        self._baseline = self._gemm_prices(self.baseline)
 
     def prices(self, format_name: str | None) -> PriceList:
         """Prices with every quantizable layer in a format, the others and everything for None in the baseline."""
         rate = None if format_name is None else self.profile.rate(format_name)
         casts = None if rate is None else casting(rate, self.options)
-        key = None if rate is None else (rate.timed_as, rate.peak_flops_per_s, casts)
-        if key not in self._lists:  # formats that fall back to the same one cost the same
-            base = self._gemm_prices(self.baseline)
-            parts: Parts = tuple(plain + gemm for plain, gemm in zip(self._plain, base[:3], strict=True)) + base[3:]
-            kernels = self._kernels
+        key = None if rate is None else (*self._alike(rate), casts)
+        if key not in self._lists:
+            products = self._baseline
             if rate is not None and casts is not None:
-                chosen, own = self.quantizable, self._gemm_prices(rate)
-                extra, launched = self._price_casts(rate, casts)
-                difference = zip(parts, own, base, strict=True)
-                parts = tuple(part + np.where(chosen, mine - theirs, 0) for part, mine, theirs in difference)
-                parts[0][PHASE["quantization"]] += extra[0]
-                parts = parts[0], parts[1] + extra[1], parts[2] + extra[2], *parts[3:]
-                kernels = kernels + launched
-            self._lists[key] = PriceList(
-                seconds=parts[0],
-                bounds=parts[1],
-                kernels=kernels,
-                joules=parts[2] if self.profile.power else None,
-                spread=parts[3],
-                outside=parts[4],
-            )
+                products = np.where(
+                    self.quantizable, self._gemm_prices(rate) + self._price_casts(rate, casts), products
+                )
+            self._lists[key] = PriceList(table=self._plain + products, powered=self.profile.power is not None)
         return self._lists[key]
 
-    def _gemm_prices(self, rate: FormatRate) -> Parts:
-        """Seconds, seconds by bound, joules, spread and outside of all products at a rate."""
+    def _alike(self, rate: FormatRate) -> tuple[object, ...]:
+        """What the price of products depends on: formats of one width on one unit cost the same."""
         width = stored_bytes(rate.falls_back_to or rate.format)
-        key = (rate.timed_as, rate.peak_flops_per_s, width)
+        if self.basis == "peak" or self.profile.calibration is None:
+            return rate.peak_flops_per_s, width
+        return kernel_of(rate, self.profile.calibration), gemm_rates(rate, self.profile), width
+
+    def _gemm_prices(self, rate: FormatRate) -> Array:
+        """All products at a rate, as rows of a price list."""
+        width = stored_bytes(rate.falls_back_to or rate.format)
+        key = self._alike(rate)
         if key not in self._gemms:
             work, products = self.work, self.work.products
             flops, moved = products.flops, products.moved_bytes(width)
@@ -125,11 +156,12 @@ class Pricer:
             joules = power.joules(taken, power.per_flop * flops + power.per_byte * moved) if power else 0 * taken
             part, by_compute = taken - launch, compute_s >= memory_s
             columns = np.stack([taken, part * by_compute, part * ~by_compute, launch, joules, outside])
-            rows = columns[:, work.product] * work.repeats
-            seconds, *others = (work.gathered(row) for row in rows)
-            bounds, joules, outside = np.stack([cell.sum(0) for cell in others[:3]]), others[3].sum(0), others[4].sum(0)
-            spread = np.expm1(np.array(band))[:, None] * seconds.sum(0)
-            self._gemms[key] = seconds, bounds, joules, spread, outside
+            seconds, *cells = work.gathered(columns[:, work.product] * work.repeats)
+            table = np.zeros((_ROWS, work.bytes.shape[1]))
+            table[_PHASES] = seconds
+            *table[_BOUNDS], table[_JOULES], table[_OUTSIDE] = np.stack(cells).sum(1)
+            table[_SPREAD] = np.expm1(np.array(band))[:, None] * seconds.sum(0)
+            self._gemms[key] = table
         return self._gemms[key]
 
     def _calibrated(self, rate: FormatRate) -> tuple[Array, Array, tuple[float, float], Array]:
@@ -147,14 +179,14 @@ class Pricer:
         outside = np.any([(size < low) | (size > high) for size, (low, high) in sizes], axis=0)
         return taken, np.minimum(taken, kernel.fixed_s + kernel.wave_s), kernel.band, outside.astype(float)
 
-    def _price_casts(self, rate: FormatRate, casts: Casts) -> tuple[Parts, Array]:
-        """Price the quantization passes of every layer: seconds, bounds and joules [layers], and kernels [layers].
+    def _price_casts(self, rate: FormatRate, casts: Casts) -> Array:
+        """Price the quantization passes of every layer, as rows of a price list.
 
         On the calibrated basis with the measured fixed costs and bandwidths of such passes, where there are any.
         """
         once, each = self.work.operands.elements, self.work.operands.read_elements
         tensors, reads = self.work.operands.tensors, self.work.operands.reads
-        cast_bytes = sum(share * part for share, part in zip(casts.cast_bytes, (once, each), strict=True))
+        cast_bytes = casts.cast_bytes[0] * once + casts.cast_bytes[1] * each
         amax_bytes = casts.amax_bytes * once
         launched = reads if casts.per_reader else tensors
         amaxes = tensors * (casts.amax_bytes > 0)
@@ -171,17 +203,20 @@ class Pricer:
             fixed = launched * cast_s + amaxes * amax_s
             seconds = (cast_bytes / cast_rate + amax_bytes / amax_rate) / bandwidth
         power = self._power(self.baseline)
-        joules = np.zeros_like(once)
+        table = np.zeros((_ROWS, len(once)))
         if power:
-            joules = power.joules(seconds, power.per_byte * (cast_bytes + amax_bytes)) + power.idle_w * fixed
-        bounds = np.stack([np.zeros_like(once), seconds, fixed])
-        return (seconds + fixed, bounds, joules), launched + amaxes
+            moved = power.per_byte * (cast_bytes + amax_bytes)
+            table[_JOULES] = power.joules(seconds, moved) + power.idle_w * fixed
+        table[PHASE["quantization"]] = seconds + fixed
+        table[_BOUNDS.start + MEMORY], table[_BOUNDS.start + LAUNCH] = seconds, fixed
+        table[_KERNELS] = launched + amaxes
+        return table
 
-    def _price_passes(self, moved: Array, vector: Array, launches: Array) -> Parts:
+    def _price_passes(self, moved: Array, vector: Array, launches: Array) -> Array:
         """Everything that is no product: memory traffic or float32 arithmetic, whichever is longer, and launches.
 
         Returns:
-            Seconds like ``moved``, launches aside; seconds by bound [3, layers]; joules [layers].
+            Rows of a price list.
         """
         bandwidth, launch_s = self.profile.memory.bandwidth_bytes_per_s, 0.0
         if self.basis == "calibrated" and self.profile.calibration is not None:
@@ -191,15 +226,19 @@ class Pricer:
             launch_s = self.profile.launch_s
         memory_s, compute_s = moved / bandwidth, vector / self.profile.vector_flops_per_s
         taken, by_compute = np.maximum(memory_s, compute_s), compute_s > memory_s
-        fixed = launches.sum(0) * launch_s
-        bounds = np.stack([np.where(by_compute, taken, 0).sum(0), np.where(by_compute, 0, taken).sum(0), fixed])
-        joules = np.zeros(moved.shape[1])
+        kernels = launches.sum(0)
+        fixed = kernels * launch_s
+        table = np.zeros((_ROWS, moved.shape[1]))
+        table[_PHASES] = taken
+        table[PHASE["launch"]] += fixed
+        table[_BOUNDS] = (taken * by_compute).sum(0), (taken * ~by_compute).sum(0), fixed
+        table[_KERNELS] = kernels
         power = self._power(self.baseline)
         if power:
             per_flop = (power.limit_w - power.idle_w) / self.profile.vector_flops_per_s
             dynamic = power.per_byte * moved + per_flop * vector
-            joules = power.joules(taken, dynamic).sum(0) + power.idle_w * fixed
-        return taken, bounds, joules
+            table[_JOULES] = power.joules(taken, dynamic).sum(0) + power.idle_w * fixed
+        return table
 
     def _power(self, rate: FormatRate) -> _Power | None:
         """Fitted power on the calibrated basis; else dynamic power such that the published peak draws the limit."""

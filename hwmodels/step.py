@@ -118,11 +118,12 @@ class Demand:
     operands: Operands
 
     def gathered(self, values: Array) -> Array:
-        """Values per row, summed per phase and layer: [phases, layers]."""
-        total = np.zeros(self.bytes.size)
+        """Values [..., rows], summed per phase and layer: [..., phases, layers]."""
+        leading = values.shape[:-1]
+        total = np.zeros((*leading, self.bytes.size))
         if len(self.starts):
-            total[self.cells] = np.add.reduceat(values, self.starts)
-        return total.reshape(self.bytes.shape)
+            total[..., self.cells] = np.add.reduceat(values, self.starts, axis=-1)
+        return total.reshape(*leading, *self.bytes.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
