@@ -9,7 +9,8 @@ second backward of ghost clipping would bound the wrong vector.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,26 @@ __all__ = [
 ]
 
 CLIPPINGS = ("bookkeeping", "hooks")
+_ROUNDINGS = 4  # of each example's part in the clipped sum, that C leaves room for: about 1 is seen
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Has products of float32 numbers be those, on any device: not of operands rounded to TF32 or bfloat16 first.
+
+    An example's norm and its part of the sum are two products of the same operands. Rounded apart, they would not be
+    of the same gradient. Forward and backward keep whatever precision they have.
+    """
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def private_module(module: nn.Module, clipping: str = "bookkeeping") -> nn.Module:
@@ -73,18 +94,25 @@ def private_module(module: nn.Module, clipping: str = "bookkeeping") -> nn.Modul
 
 @torch.no_grad()
 def per_example_norms(tape: Tape) -> Tensor:
-    """The L2 norm of every example's gradient over all parameters on the tape, [B].
+    """The L2 norm of every example's gradient over all parameters on the tape, [B] in float64, never too small.
 
     Args:
         tape: after one backward of the summed loss.
     """
-    squares = torch.stack([c.squared_norms() for c in tape.combined()])
-    return squares.sum(0).sqrt()
+    with exact_products():
+        return _norms(tape.combined())
+
+
+def _norms(contributions: list[Contribution]) -> Tensor:
+    return torch.stack([c.squared_norms() for c in contributions]).sum(0).sqrt()
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """The factor of every example: min(1, C / (norm + 1e-6)), as Opacus has it; 0 where the norm is not finite."""
-    factors = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+    """The factor of every example, [B] in float64: min(1, C / (norm + 1e-6)), as Opacus has it, rounded down.
+
+    It is 0 where the norm is not finite. Also as float32, no factor times its norm exceeds C.
+    """
+    factors = (max_grad_norm * (1 - torch.finfo(torch.float32).eps) / (norms.double() + 1e-6)).clamp(max=1.0)
     return torch.where(torch.isfinite(norms), factors, 0.0)
 
 
@@ -96,7 +124,8 @@ def clipped_sums(tape: Tape, factors: Tensor) -> dict[nn.Parameter, Tensor]:
         tape: after one backward of the summed loss.
         factors: [B]; an example whose factor is 0 contributes zero even where its gradient is not finite.
     """
-    return _weighted_sums(tape.combined(), factors, dropped=int((factors == 0).sum()))
+    with exact_products():
+        return _weighted_sums(tape.combined(), factors, dropped=int((factors == 0).sum()))
 
 
 def _weighted_sums(contributions: list[Contribution], factors: Tensor, dropped: int) -> dict[nn.Parameter, Tensor]:
@@ -152,6 +181,10 @@ class PrivateOptimizer(DPOptimizer):
         if self.tape is None and not isinstance(module, GradSampleModule):
             raise InputError("module is not prepared for private training", hint="wrap it with private_module first")
         self.nonfinite_examples = 0
+        # adding an example may also change how the sum of all others is rounded
+        eps = torch.finfo(torch.promote_types(self.params[0].dtype, torch.float32)).eps
+        rounding = _ROUNDINGS * eps / 2 * expected_batch_size
+        self._bound = max_grad_norm / (1 + 2 * rounding)
         self._row: Tensor | None = None
 
     @property
@@ -240,13 +273,14 @@ class PrivateOptimizer(DPOptimizer):
         contributions = [c for c in contributions if c.parameter in own]
         if not contributions or not contributions[0].batch_size:
             return {}, torch.zeros(0)
-        norms = torch.stack([c.squared_norms().float() for c in contributions]).sum(0).sqrt()
-        factors = clip_factors(norms, self.max_grad_norm)
-        if taken is not None:
-            return _weighted_sums(contributions, factors * taken, dropped=0), norms
-        dropped = int((~torch.isfinite(norms)).sum())
-        self.nonfinite_examples += dropped
-        return _weighted_sums(contributions, factors, dropped), norms
+        with exact_products():
+            norms = _norms(contributions)
+            factors = clip_factors(norms, self._bound)
+            if taken is not None:
+                return _weighted_sums(contributions, factors * taken, dropped=0), norms
+            dropped = int((~torch.isfinite(norms)).sum())
+            self.nonfinite_examples += dropped
+            return _weighted_sums(contributions, factors, dropped), norms
 
     def _from_grad_samples(self) -> list[Contribution]:
         found: list[Contribution] = []

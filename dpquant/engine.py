@@ -193,6 +193,12 @@ class DPQuantEngine:
         """
         if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise InputError(f"max_grad_norm={max_grad_norm} must be above 0")
+        for name, p in module.named_parameters():
+            if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+                raise InputError(
+                    f"parameter {name!r} is {p.dtype}: the sum of gradients and its noise need float32",
+                    hint="module.float(); quantization is per layer, by format",
+                )
         numbers = public_numbers(
             data_loader, sample_rate=sample_rate, expected_batch_size=expected_batch_size, epochs=epochs
         )

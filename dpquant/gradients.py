@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from emulation.gemms import WeightGradient, zero_examples
+from emulation.gemms import WeightGradient, at_least_float32, gamma, squared_norm_bounds, zero_examples
 
 _PASSES = {True: 24, False: 128}  # multiply-adds in the time that one number is written and read twice: CPU, else
 
@@ -34,9 +34,8 @@ class DenseGradient:
         return self.values.shape[0]
 
     def squared_norms(self) -> Tensor:
-        """[B]."""
-        norms: Tensor = torch.linalg.vector_norm(self.values.flatten(1), dim=1)
-        return norms.square()
+        """[B] in float64, not below the exact ones of ``values``."""
+        return squared_norm_bounds(self.values.flatten(1))
 
     def per_example(self) -> Tensor:
         """[B, *parameter.shape]."""
@@ -44,7 +43,8 @@ class DenseGradient:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B]."""
-        return (factors.to(self.values.dtype) @ self.values.flatten(1)).reshape(self.parameter.shape)
+        values = at_least_float32(self.values.flatten(1))
+        return (factors.to(values.dtype) @ values).reshape(self.parameter.shape)
 
     def without(self, dropped: Tensor) -> DenseGradient:
         """The same with the marked examples' gradients zero."""
@@ -76,7 +76,7 @@ class GemmGradient:
         return self
 
     def squared_norms(self) -> Tensor:
-        """[B]."""
+        """[B] in float64, not below the exact ones of the operands."""
         return self.operands.squared_norms()
 
     def per_example(self) -> Tensor:
@@ -85,7 +85,7 @@ class GemmGradient:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B], which multiplies what was quantized."""
-        return self.operands.weighted_sum(factors.to(self.operands.grad_output.dtype))
+        return self.operands.weighted_sum(factors)
 
     def without(self, dropped: Tensor) -> GemmGradient:
         """The same with the marked examples' operands zero."""
@@ -112,7 +112,7 @@ class EmbeddingGradient:
         return self.tokens.shape[0]
 
     def squared_norms(self) -> Tensor:
-        """[B]: rows of the same token in the same example are summed before they are squared."""
+        """[B] in float64, not below the exact ones: an example's rows of the same token are summed, then squared."""
         n, t = self.tokens.shape
         order = self.tokens.argsort(1)
         ordered = self.tokens.gather(1, order)
@@ -120,9 +120,11 @@ class EmbeddingGradient:
         first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         place = torch.empty_like(order).scatter_(1, order, first.cumsum(1) - 1)  # among the example's distinct tokens
         rows = place + t * torch.arange(n, device=place.device).unsqueeze(1)
-        sums = torch.zeros_like(self.grad_output).flatten(0, 1)
-        sums.index_add_(0, rows.flatten(), self.grad_output.flatten(0, 1))
-        return sums.square().sum(1).reshape(n, t).sum(1)
+        values = at_least_float32(self.grad_output).flatten(0, 1)
+        sums = torch.zeros_like(values).index_add_(0, rows.flatten(), values)
+        lengths = squared_norm_bounds(values).sqrt().reshape(n, t).sum(1)
+        rounding = gamma(t + 4, values.dtype) * lengths
+        return (squared_norm_bounds(sums.reshape(n, -1)).sqrt() + rounding).square()
 
     def per_example(self) -> Tensor:
         """[B, vocabulary, width]."""
@@ -133,8 +135,9 @@ class EmbeddingGradient:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B]."""
-        scaled = self.grad_output * factors.to(self.grad_output.dtype).reshape(-1, 1, 1)
-        out = self.grad_output.new_zeros(self.parameter.shape)
+        rows = at_least_float32(self.grad_output)
+        scaled = rows * factors.to(rows.dtype).reshape(-1, 1, 1)
+        out = rows.new_zeros(self.parameter.shape)
         return out.index_add_(0, self.tokens.flatten(), scaled.flatten(0, 1))
 
     def without(self, dropped: Tensor) -> EmbeddingGradient:

@@ -6,6 +6,7 @@ gradient of the loss with respect to y. Convolutions are the same three products
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from emulation import fused
 from emulation.codec import is_concrete
 
+_CHUNK = 256  # squares added in the operands' own precision; more are added in float64
 _UNFOLDED = {True: 1 << 22, False: 1 << 28}  # elements of unfolded inputs held at a time: CPU (in its caches), else
 
 
@@ -214,10 +216,12 @@ class WeightGradient:
         return patches(self.x, self.conv).transpose(1, 2), self.grad_output.reshape(n * g, out, t).transpose(1, 2)
 
     def squared_norms(self) -> Tensor:
-        """[B], without forming the gradients: |X^T G|^2 is the sum of (X X^T) * (G G^T) over pairs of positions.
+        """[B] in float64, without forming the gradients: |X^T G|^2 is the sum of (X X^T) * (G G^T) over all positions.
 
-        Where an example's positions cancel, rounding could make that sum too small. What rounding can amount to is
-        added, so that clipping by these norms never bounds too little: relative 2 T eps where positions are unrelated.
+        Where an example's positions cancel, rounding could make that sum too small. The most that it can amount to, in
+        any order of addition and with underflow, is added: clipping by these norms never bounds too little. With K and
+        O features it is at most (K + O + 6) u (sum of |x_t| |g_t|)^2, so relative T (K + O) u where positions are
+        unrelated; u is half the operands' machine epsilon.
         """
         return torch.cat([part._squared_norms() for part in self._parts()])
 
@@ -228,12 +232,18 @@ class WeightGradient:
         else:
             g = self.grad_output.reshape(n * conv.groups, -1, self.reduction).transpose(1, 2)
             x = patches(self.x, conv).transpose(1, 2) if self.x.is_cuda else patch_rows(self.x, conv)
+        x, g = at_least_float32(x), at_least_float32(g)
         if self.reduction == 1:
-            return (x.square().sum((1, 2)) * g.square().sum((1, 2))).reshape(n, -1).sum(1)
-        product = torch.bmm(x, x.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-        magnitude = product.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().sum(1)  # sum of |x_t| |g_t| bounds all pairs
-        bounds = product.sum((1, 2)).clamp_min_(0) + 2 * torch.finfo(product.dtype).eps * magnitude.square()
-        return bounds.reshape(n, -1).sum(1)
+            bounds = squared_norm_bounds(x.flatten(1)) * squared_norm_bounds(g.flatten(1))
+            return bounds.reshape(n, -1).sum(1)
+        k, o, tiny = x.shape[2], g.shape[2], torch.finfo(x.dtype).tiny
+        inputs, outputs = torch.bmm(x, x.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
+        sizes = [_exceeds(m.diagonal(dim1=1, dim2=2), n_terms).sqrt() for m, n_terms in ((inputs, k), (outputs, o))]
+        pairs = (sizes[0] * sizes[1]).sum(1).square()  # the sum of |x_s| |x_t| |g_s| |g_t| over all pairs
+        rounding = gamma(k + o + 6, x.dtype) * pairs
+        underflow = 4 * tiny * (o * sizes[0].sum(1).square() + k * sizes[1].sum(1).square() + self.reduction**2)
+        total = inputs.mul_(outputs).sum((1, 2), dtype=torch.float64).clamp_min_(0)
+        return (total + rounding + underflow).reshape(n, -1).sum(1)
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
@@ -263,14 +273,18 @@ class WeightGradient:
         return grad_weight(self.x, self.grad_output, self.weight, self.conv)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """The sum of the examples' gradients, each times its factor; factors multiply what was quantized, exactly.
+        """The sum of the examples' gradients, each times its factor, which multiplies what was quantized.
+
+        Half-precision operands are multiplied and added as float32.
 
         Args:
             factors: [B].
         """
+        inputs, outputs = at_least_float32(self.x), at_least_float32(self.grad_output)
+        factors = factors.to(outputs.dtype)
         if self.rows:
             n, g = self.batch_size, self.groups
-            x, h = (t.reshape(n, g, *t.shape[1:]) for t in (self.x, self.grad_output))
+            x, h = (t.reshape(n, g, *t.shape[1:]) for t in (inputs, outputs))
             h = h * factors.reshape(-1, 1, 1, 1)
             # one GEMM per group over examples and positions together
             product = torch.bmm(
@@ -278,14 +292,50 @@ class WeightGradient:
                 x.transpose(0, 1).reshape(g, -1, x.shape[-1]),
             )
             return product.reshape(self.weight.shape)
-        scaled = self.grad_output * factors.reshape(-1, *[1] * (self.grad_output.dim() - 1))
-        return grad_weight(self.x, scaled, self.weight, self.conv)
+        scaled = outputs * factors.reshape(-1, *[1] * (outputs.dim() - 1))
+        return grad_weight(inputs, scaled, self.weight, self.conv)
 
     def without(self, dropped: Tensor) -> WeightGradient:
         """The same with the examples that the mask ``dropped`` [B] marks replaced by zeros."""
         if self.rows:
             dropped = dropped.repeat_interleave(self.groups)
         return replace(self, x=zero_examples(self.x, dropped), grad_output=zero_examples(self.grad_output, dropped))
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """How far a computed sum of that many products can be off, relative to the sum of their magnitudes.
+
+    Whatever the order of addition, with or without fused multiply-adds (Higham, Accuracy and Stability, section 3.1).
+    """
+    error = terms * torch.finfo(dtype).eps / 2
+    return error / (1 - error) if error < 1 else math.inf
+
+
+def squared_norm_bounds(values: Tensor) -> Tensor:
+    """Upper bounds on the rows' exact squared norms, [N] in float64; relative 1.6e-5 above them in float32.
+
+    Args:
+        values: [N, n].
+    """
+    values = at_least_float32(values)
+    whole = values.shape[1] // _CHUNK * _CHUNK
+    parts = [torch.linalg.vector_norm(values[:, whole:], dim=1, keepdim=True)]
+    if whole:
+        parts.append(torch.linalg.vector_norm(values[:, :whole].unflatten(1, (-1, _CHUNK)), dim=2))
+    squares = torch.cat(parts, dim=1).double().square().sum(1)
+    own = _exceeds(squares, min(values.shape[1], _CHUNK) + 4, values.dtype)
+    return own + values.shape[1] * torch.finfo(values.dtype).tiny
+
+
+def _exceeds(squares: Tensor, terms: int, dtype: torch.dtype | None = None) -> Tensor:
+    """What the exact sums of ``terms`` squares cannot exceed, given the computed ones; float64."""
+    dtype = dtype or squares.dtype
+    return squares.double().clamp_min(0) / (1 - gamma(terms, dtype)) + terms * torch.finfo(dtype).tiny
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32; what is wider stays."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def zero_examples(x: Tensor, dropped: Tensor) -> Tensor:

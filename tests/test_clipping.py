@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dpquant.clipping import (
     private_criterion,
     private_module,
 )
+from dpquant.gradients import DenseGradient
 from emulation.errors import InputError
 from emulation.layers import LayerPrecision, quantizable_layers, quantize_model, set_plan, set_rounding
 from emulation.quantizer import Quantizer
@@ -241,6 +243,68 @@ def test_one_example_more_moves_the_sum_by_at_most_c(plan: object, outlier: floa
     common, whole, _ = others(plan, outlier, clipping)
     assert common < 1e-3, "no other example's contribution moves beyond float32 kernel noise"
     assert whole < 1.001
+
+
+def moved_in_float32(device: str, bound: float | None = None) -> list[float]:
+    """By each of some examples, how far it moves the clipped sum of a large batch over C, all bits as they come."""
+    count = 256
+    net = network().float().to(device)
+    private = private_module(net)
+    optimizer = PrivateOptimizer(
+        sgd(net.parameters()), module=private, noise_multiplier=0.0, max_grad_norm=C, expected_batch_size=count
+    )
+    optimizer._bound = optimizer._bound if bound is None else bound
+    x, y = (t.to(device) for t in data(count, dtype=torch.float32))
+    CRITERION(private(30 * x), y).backward()
+    contributions = private.private_tape.combined()  # type: ignore[union-attr, operator]
+    moves = []
+    whole, _ = optimizer.clipped(contributions, torch.ones(count, device=device))
+    for out in range(0, count, 16):
+        taken = torch.ones(count, device=device)
+        taken[out] = 0
+        rest, norms = optimizer.clipped(contributions, taken)
+        assert norms[out] > C
+        moves.append(math.sqrt(sum(float((whole[p] - rest[p]).double().square().sum()) for p in whole)) / C)
+    return moves
+
+
+def test_one_example_moves_the_float32_sum_by_at_most_c_rounding_included() -> None:
+    moves = moved_in_float32("cpu")
+    assert 0.998 < min(moves) <= max(moves) <= 1
+    assert max(moved_in_float32("cpu", bound=C * (1 + 3e-4))) > 1, "room for it is seen to be needed"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_tf32_elsewhere_does_not_loosen_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends: Any = torch.backends
+    monkeypatch.setattr(backends.cudnn.conv, "fp32_precision", "tf32")
+    monkeypatch.setattr(backends.cuda.matmul, "fp32_precision", "tf32")
+    moves = moved_in_float32("cuda")
+    assert 0.99 < min(moves) <= max(moves) <= 1
+    assert backends.cudnn.conv.fp32_precision == backends.cuda.matmul.fp32_precision == "tf32", "and is left as it was"
+
+
+def test_products_for_clipping_are_of_whole_float32_numbers() -> None:
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    seen: list[list[str]] = []
+
+    class Spy(DenseGradient):
+        def squared_norms(self) -> Tensor:
+            seen.append([setting.fp32_precision for setting in settings])
+            return super().squared_norms()
+
+        def weighted_sum(self, factors: Tensor) -> Tensor:
+            seen.append([setting.fp32_precision for setting in settings])
+            return super().weighted_sum(factors)
+
+    layer = nn.Linear(3, 2)
+    _, optimizer = prepare(layer)
+    optimizer.clipped([Spy(parameter=layer.weight, values=torch.randn(4, 2, 3))])
+    assert seen == [["ieee"] * 4] * 2
+    assert [setting.fp32_precision for setting in settings] == before
 
 
 @pytest.mark.parametrize("outlier", [1.0, 30.0])

@@ -390,6 +390,11 @@ def test_batch_normalisation_is_refused_by_name() -> None:
         private(engine(), module)
 
 
+def test_half_precision_parameters_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"parameter '0.weight' is torch.bfloat16"):
+        private(engine(), network().bfloat16())
+
+
 def test_a_target_out_of_reach_is_refused_before_anything_is_spent() -> None:
     e = engine(fraction=None, target_speedup=50.0)
     with pytest.raises(InputError, match=r"target speedup 50.0x is out of reach on b200 with luq_fp4: at most \d"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,10 +142,59 @@ def test_norms_are_not_too_small_where_positions_cancel() -> None:
     x[:, 1::2] = -x[:, ::2] * (1 + 1e-4)
     g[:, 1::2] = g[:, ::2]
     gradient = WeightGradient(weight=torch.zeros(o, k), x=x, grad_output=g, conv=None)
-    true = gradient.per_example().double().flatten(1).square().sum(1)
+    true = exact_squared_norms(gradient)
     plain = ((x @ x.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2))
     assert (plain.double() < true * 0.99).any(), "the trap is there"
-    assert (gradient.squared_norms().double() >= true).all()
+    assert (gradient.squared_norms() >= true).all()
+
+
+def exact_squared_norms(gradient: WeightGradient) -> Tensor:
+    """Of the operands as they are stored, whose products float64 adds without an error that matters here."""
+    wide = dataclasses.replace(gradient, x=gradient.x.double(), grad_output=gradient.grad_output.double())
+    return wide.per_example().flatten(1).square().sum(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(st.sampled_from([1, 2, 7, 40]), st.sampled_from([1, 5, 300]), st.sampled_from([1, 3, 200])),
+    scales=st.sampled_from([(0, 0), (9, -9), (18, -18), (18.9, -19), (-18, 18), (-30, -5), (-10, -12), (15, 0)]),
+    cancelling=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_norms_are_never_below_the_exact_ones(
+    sizes: tuple[int, int, int], scales: tuple[float, float], cancelling: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """Whatever cancels, and where squares leave the range of float32: then the bound is loose, or not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    t, k, o = sizes
+    x, g = (torch.randn(4, t, n, generator=generator) * 10.0**s for n, s in zip((k, o), scales, strict=True))
+    if cancelling and t > 1:
+        x[:, 1::2], g[:, 1::2] = -x[:, : t - t % 2 : 2] * (1 + 1e-5), g[:, : t - t % 2 : 2]
+    gradient = WeightGradient(weight=torch.zeros(o, k), x=x.to(dtype), grad_output=g.to(dtype), conv=None)
+    exact, bounds = exact_squared_norms(gradient), gradient.squared_norms()
+    assert bounds.dtype == torch.float64
+    assert ((bounds >= exact) | ~torch.isfinite(bounds)).all()
+    if max(map(abs, scales)) < 10 and not cancelling:
+        assert (bounds <= exact * (1 + (1e-10 if dtype == torch.float64 else 1e-2))).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([0, 1, 255, 256, 257, 5000]), st.sampled_from([-25, -20, 0, 15, 25]), st.integers(0, 1000))
+def test_row_norms_are_never_below_the_exact_ones(size: int, scale: int, seed: int) -> None:
+    values = torch.randn(3, size, generator=torch.Generator().manual_seed(seed)) * 10.0**scale
+    exact, bounds = values.double().square().sum(1), gemms.squared_norm_bounds(values)
+    assert ((bounds >= exact) | ~torch.isfinite(bounds)).all()
+    if abs(scale) < 18:
+        assert (bounds <= exact * (1 + 2e-5) + 1e-30).all()
+
+
+def test_a_million_equal_squares_are_not_lost() -> None:
+    values = torch.ones(1).expand(1, 1 << 25)
+    one_by_one = torch.zeros(())
+    one_by_one += 2.0**24
+    assert one_by_one + 1 == one_by_one, "where a plain float32 sum would stop"
+    assert gemms.squared_norm_bounds(values)[0] >= 1 << 25
 
 
 def test_dropping_an_example_drops_its_nan() -> None:

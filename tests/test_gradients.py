@@ -34,7 +34,9 @@ def test_forms_agree_with_the_materialised_gradients(make: type[Contribution]) -
     factors = torch.rand(5)
     assert contribution.batch_size == 5
     assert values.shape == (5, *contribution.parameter.shape)
-    torch.testing.assert_close(contribution.squared_norms(), values.flatten(1).square().sum(1))
+    exact = values.double().flatten(1).square().sum(1)
+    assert (contribution.squared_norms() >= exact).all()
+    torch.testing.assert_close(contribution.squared_norms(), exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(contribution.weighted_sum(factors), torch.einsum("n,n...->...", factors, values))
     kept = values.clone()
     kept[2] = 0
@@ -67,7 +69,7 @@ def test_the_form_follows_the_cost() -> None:
     few = convolution(4, 16)
     formed = few.cheapest()
     assert isinstance(formed, DenseGradient)
-    torch.testing.assert_close(formed.squared_norms(), few.squared_norms(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(formed.squared_norms(), few.squared_norms(), rtol=1e-3, atol=0)
     (kept,) = combined([many])
     assert kept is many
 
