@@ -14,7 +14,7 @@ from typing import Any
 
 from dpquant.privacy import PrivacyEvent, PrivacyLedger
 from dpquant.rundir import write_atomic
-from emulation.errors import InputError
+from emulation.errors import InputError, regular_file
 
 _FORMAT = "dpquant-ledger-1"
 _DAMAGED = "without its ledger nobody can say what a run has spent: restore the file, or start again in a new folder"
@@ -77,7 +77,7 @@ def _render(ledger: PrivacyLedger, run: str) -> bytes:
 
 def _read(path: Path) -> tuple[str, PrivacyLedger]:
     try:
-        data = path.read_bytes()
+        data = regular_file(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the ledger: {error.strerror}", file=path, hint=_DAMAGED) from error
     lines = data.decode("utf-8", errors="replace").split("\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpquant.rundir import dumps_strict, write_atomic
-from emulation.errors import InputError
+from emulation.errors import InputError, regular_file
 from hwmodels.fields import Anything, Fields, Null, Number, OneOf, Table, Text, problems
 from hwmodels.strict_yaml import Document, raise_all
 
@@ -91,7 +91,7 @@ def read_results(path: Path) -> dict[str, SweepResult]:
         InputError: a line that is no result, with file and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:

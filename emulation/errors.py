@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,17 @@ class InputError(ValueError):
     def __str__(self) -> str:
         where = "" if not self.file else f"{self.file}: " if not self.line else f"{self.file}:{self.line}: "
         return where + self.message
+
+
+def regular_file(path: Path) -> Path:
+    """The path of a file to be read to its end, which a folder has not, and a pipe or a device may never come to.
+
+    Raises:
+        InputError: something else than a file is there; nothing at all is left to whoever opens it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("not a file", file=path)
+    return path
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from emulation.errors import InputError, suggestion
+from emulation.errors import InputError, regular_file, suggestion
 from hwmodels.calibration import KERNELS
 from hwmodels.gemm import gemm_rates, kernel_of, kernel_seconds, quantize_seconds
 from hwmodels.power import board_power
@@ -56,7 +56,7 @@ def read_measurements(path: str | Path) -> list[Measurement]:
         InputError: the file is not readable, has no rows or lacks a column; a value is not what its column holds
             (with file and line).
     """
-    file = Path(path)
+    file = regular_file(Path(path))
     try:
         with _opened(file) as stream:
             rows = list(_parsed(stream, file))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpquant.render import Column, Output, Table, number
-from emulation.errors import InputError, suggestion
+from emulation.errors import InputError, regular_file, suggestion
 from emulation.formats import ALIASES, FORMATS, BlockFormat, Format, NumberFormat, get_format
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _npy(path: Path) -> Tensor:
     import torch
 
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(regular_file(path), allow_pickle=False)
     except FileNotFoundError:
         raise InputError("does not exist", file=path) from None
     except (OSError, ValueError, EOFError) as error:
