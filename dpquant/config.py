@@ -41,6 +41,7 @@ SPECIFICATION = Fields(
             entries={
                 "name": Text(doc="a model of the project"),
                 "options": Table(value=Anything(), doc="what the model's class takes", required=False),
+                "weights": Text(doc="a state dict to start from; what it lacks is initialised", required=False),
             }
         ),
         "data": Fields(
@@ -185,7 +186,7 @@ class RunConfig:
 
 _DEFAULTS: dict[str, Any] = {
     "name": None,
-    "model": {"options": {}},
+    "model": {"options": {}, "weights": None},
     "data": {"root": None, "split": None, "size": None},
     "hardware": {"basis": None},
     "schedule": {"target_speedup": None, "fraction": None, "layers": None, "beta": 200.0},

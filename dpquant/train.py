@@ -8,10 +8,12 @@ same bits as one that was not.
 from __future__ import annotations
 
 import inspect
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,7 +248,36 @@ def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
         if "vocabulary" in takes:
             _check_tokens(splits, options.get("vocabulary", takes["vocabulary"].default))
         torch.manual_seed(stream_seed(root, "initialisation"))
-        return models.build_model(name, **options)
+        model = models.build_model(name, **options)
+    if config["model"]["weights"] is not None:
+        with config.at("model", "weights"):
+            load_weights(model, Path(config["model"]["weights"]))
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Puts a state dict's tensors into ``model``; what it lacks, such as a classifier of other classes, stays as it is.
+
+    The file must be of public data: what the weights say of it is not covered by the guarantee.
+
+    Raises:
+        InputError: no state dict, no tensor in it, or one that the model has not or has in another shape.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: tensor.shape for name, tensor in state.items()}
+    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"weights={str(path)!r} is no state dict ({said})") from error
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if not found:
+        raise InputError(f"weights={str(path)!r} holds no tensors")
+    for name, shape in found.items():
+        if own.get(name) != shape:
+            what = "no such tensor" if name not in own else f"it of shape {list(own[name])}"
+            message = f"weights={str(path)!r} holds {name} of shape {list(shape)}, and the model has {what}"
+            raise InputError(message, hint="leave it out of the file, and it is initialised")
+    model.load_state_dict(state, strict=False)
 
 
 def _check_tokens(splits: Splits, vocabulary: int) -> None:

@@ -233,3 +233,22 @@ def test_a_run_killed_at_any_moment_ends_the_same(tmp_path: Path, undisturbed: P
 @pytest.mark.long
 def test_runs_killed_at_fifty_moments_end_the_same(tmp_path: Path, undisturbed: Path) -> None:
     killed_runs_end_the_same(tmp_path, undisturbed, moments=50, seed=1)
+
+
+def test_training_starts_from_given_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    fresh = prepare(load_config(write(tmp_path))).model.state_dict()
+    given = {name: torch.randn_like(tensor) for name, tensor in fresh.items() if not name.startswith("fc2")}
+    torch.save(given, path)
+    model = prepare(load_config(write(tmp_path), {("model", "weights"): str(path)})).model.state_dict()
+    assert all(torch.equal(model[name], tensor) for name, tensor in given.items())
+    assert torch.equal(model["fc2.weight"], fresh["fc2.weight"])
+    for wrong, message in (
+        ({"fc9.weight": torch.zeros(1)}, "no such tensor"),
+        ({"fc2.bias": torch.zeros(1)}, "it of shape"),
+        ({}, "holds no tensors"),
+        ([1], "is no state dict"),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(InputError, match=message):
+            prepare(load_config(write(tmp_path), {("model", "weights"): str(path)}))
