@@ -68,20 +68,18 @@ def rank_formats(
 
 
 def _error(x: Tensor, quantizer: Quantizer) -> FormatError:
-    stored = quantizer(x)
-    q = stored.dequantize()
-    top = stored.element_scale() * quantizer.element.max_value
-    if stored.unit_scale is not None:
-        top = top * stored.unit_scale
-    signal, noise = float((x.double() ** 2).sum()), float(((q.double() - x.double()) ** 2).sum())
+    q = quantizer.fake_quantize(x)
+    top = quantizer.element_scale(x) * quantizer.element.max_value
+    wide = x.double()
+    signal, noise = float(wide.square().sum()), float((q.double() - wide).square_().sum())
     # a few ulps of slack: the largest magnitude over its own scale may be an ulp above the largest element
-    over = x.abs() > top.float() * (1 + 2.0**-20)
+    over = x.abs() > top * (1 + 2.0**-20)
     return FormatError(
         format=quantizer.format.name,
         bits_per_element=quantizer.format.bits_per_element,
         sqnr_db=_decibels(signal, noise),
-        overflow_share=float(over.double().mean()),
-        underflow_share=float(((x != 0) & (q == 0)).double().mean()),
+        overflow_share=int(over.sum()) / x.numel(),
+        underflow_share=int(((x != 0) & (q == 0)).sum()) / x.numel(),
     )
 
 

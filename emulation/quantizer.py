@@ -221,6 +221,20 @@ class Quantizer:
         key = self._keys(x, generator, keys)
         return self._fake_quantize(x, key, axis, out, False)[0]
 
+    def element_scale(self, x: Tensor, *, axis: int = -1) -> Tensor:
+        """What the elements of quantized ``x`` are multiplied by, all levels together.
+
+        Returns:
+            float32, broadcastable to ``x``; NaN where a unit holds no number.
+        """
+        check_input(x, _FLOAT32, None)
+        layout = self._layout(x, axis, None)
+        scales = self._scales(x.detach().float().contiguous(), layout)
+        scale = expanded(scales.block.reshape(layout.scale_shape), layout.shape, layout.block_axes, layout.block_size)
+        if scales.unit is not None:
+            scale = scale * scales.unit.reshape(layout.unit_shape)
+        return scale if x.dim() else scale.reshape(())
+
     def _keys(self, x: Tensor, generator: torch.Generator | None, keys: Tensor | None) -> Tensor | None:
         if self.backend != "qtorch":
             return rounding_keys(x, self.rounding, generator, keys)

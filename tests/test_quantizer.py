@@ -209,6 +209,19 @@ def test_blocks_across_examples_are_refused() -> None:
     assert Quantizer("mxfp4", "tensor").fake_quantize(data(64, 5), axis=0).shape == (64, 5)
 
 
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "nvfp4", "bf16"])
+@pytest.mark.parametrize("granularity", ["tensor", "example"])
+def test_the_scale_of_elements_is_that_of_their_codes(name: str, granularity: str) -> None:
+    quantizer = Quantizer(name, granularity)
+    for x, axis in ((data(4, 70), 1), (data(3, 33, 5), 1)):
+        quantized = quantizer(x, axis=axis)
+        scale = quantizer.element_scale(x, axis=axis)
+        wanted = quantized.dequantize()
+        close = torch.allclose(quantized.values() * scale, wanted, rtol=1e-6)  # NVFP4's two scales as one round anew
+        assert close if name == "nvfp4" else torch.equal(quantized.values() * scale, wanted)
+    assert Quantizer("fp8", granularity).element_scale(torch.tensor(448.0)) == 1
+
+
 def test_zero_examples_have_scale_one() -> None:
     x = torch.zeros(3, 8)
     x[1] = -0.0
