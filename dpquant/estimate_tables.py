@@ -70,7 +70,7 @@ def _trust(found: Sequence[Row], best: Row | None = None) -> str:
     if bases == {"peak"}:
         return "Peak basis: a roofline on published rates, which kernels do not reach; an upper bound, not a forecast."
     band = best.estimate.step_band_s if best is not None else None
-    range_ = f"; its error band puts that step between {seconds(band[0])} and {seconds(band[1])}" if band else ""
+    range_ = f"; their error band puts that step between {seconds(band[0])} and {seconds(band[1])}" if band else ""
     if bases == {"calibrated"}:
         return f"Calibrated basis: fitted to measured kernels{range_} (`dpquant hardware show NAME`: errors in full)."
     return (

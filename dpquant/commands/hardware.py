@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,8 +288,11 @@ def _calibrate(args: argparse.Namespace, out: Output) -> int:
     for path in filter(None, (args.out, args.data)):
         if Path(path).exists():
             raise InputError(f"{path} is already there", hint="name a new file")
-        if not Path(path).resolve().parent.is_dir():
+        folder = Path(path).resolve().parent
+        if not folder.is_dir():
             raise InputError(f"{path}: its folder is not there", hint="make it first")
+        if not os.access(folder, os.W_OK, effective_ids=True):  # said now, not after minutes of measuring
+            raise InputError(f"{path}: its folder cannot be written")
     from dpquant.progress import Progress
     from dpquant.rundir import write_atomic
     from hwmodels.calibrate import calibrate, measurements_csv
