@@ -434,7 +434,7 @@ class DPQuantEngine:
                 steps are taken again with the same bits, and so are not counted twice. That needs arithmetic that
                 repeats to the bit: on a GPU, or on another number of processes or threads than the checkpoint was
                 written by, repeated steps are counted again. A checkpoint is then to be written before the first step.
-            append: puts one event on record.
+            append: puts an event on record, of one step or of some that are about to be taken.
         """
         repeats = self._repeats_to_the_bit()
         self.spending.write_ahead(written, append, repeats_to_the_bit=repeats)
@@ -489,7 +489,8 @@ class DPQuantEngine:
     def _before_noise(self) -> torch.Generator:
         if self.step >= self.last_step:
             raise RuntimeError(f"all {self.step} planned steps are taken: a further one would exceed the budget")
-        self.spending.spend(self._training_event(1))
+        upcoming = min((self.epoch + 1) * self.steps_per_epoch, self.last_step) - self.step
+        self.spending.spend(self._training_event(1), upcoming)
         generator = stream(self._root, "noise", self.step, device=next(self._module.parameters()).device)
         self.step += 1
         return generator

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import uuid
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from emulation.errors import InputError
+from emulation.errors import InputError, regular_file
 from hwmodels.strict_yaml import load_yaml
 
 _CHECKPOINT_MAGIC = b"dpquant-checkpoint-1"
@@ -197,6 +198,9 @@ class RunFolder:
         """
         path = Path(path)
         folder = cls(path, _read_start(path)["run_id"], take_lock(path))
+        for leftover in path.glob(".*"):  # what a process that was killed had begun to write
+            if re.fullmatch(r"\..+\.\d+", leftover.name):
+                leftover.unlink(missing_ok=True)
         folder.keep_records(sys.maxsize)  # a line cut short by a crash must not be continued by the next one
         return folder
 
@@ -288,7 +292,7 @@ def load_checkpoint(path: Path, *, run_id: str | None = None, map_location: str 
     import torch
 
     try:
-        header, _, payload = path.read_bytes().partition(b"\n")
+        header, _, payload = regular_file(path).read_bytes().partition(b"\n")
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", file=path) from error
     parts = header.split(b" ")
@@ -412,7 +416,7 @@ def _read_start(path: Path) -> dict[str, Any]:
     """``run.json``, checked."""
     start_path = path / "run.json"
     try:
-        text = start_path.read_text(encoding="utf-8")
+        text = regular_file(start_path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         hint = "give the folder that `dpquant train` wrote"
         raise InputError(f"no run in '{path}': it has no run.json", hint=hint) from error
@@ -433,7 +437,7 @@ def _read_start(path: Path) -> dict[str, Any]:
 def _read_records(path: Path) -> tuple[EpochRecord, ...]:
     """All whole lines; a last line without its end is a write in flight (or cut short) and is left out."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeDecodeError) as error:

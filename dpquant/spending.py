@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,8 @@ from dpquant.clipping import PrivateOptimizer
 from dpquant.distributed import Processes
 from dpquant.privacy import PrivacyEvent, PrivacyLedger
 from emulation.errors import InputError
+
+BLOCK = 16  # releases that one write may put on record
 
 
 class Spending:
@@ -24,12 +27,19 @@ class Spending:
         self._append: Callable[[PrivacyEvent], object] = lambda event: None
         self._ahead: dict[str, int] = {}
 
-    def spend(self, event: PrivacyEvent) -> None:
-        """Puts ``event`` into the ledger, before any of its noise exists."""
-        if self._ahead.get(event.mechanism, 0) > 0:
-            self._ahead[event.mechanism] -= 1
-        else:
-            self._append(event)
+    def spend(self, event: PrivacyEvent, upcoming: int = 1) -> None:
+        """Puts ``event`` into the ledger, before any of its noise exists.
+
+        Args:
+            event: one release.
+            upcoming: how many such releases come next, this one included. Some of them go on record at once, for a
+                synced write takes milliseconds: a run that stops between is recorded to have spent that many more.
+        """
+        if not self._ahead.get(event.mechanism):
+            block = max(1, min(upcoming, BLOCK))
+            self._append(replace(event, steps=block * event.steps))
+            self._ahead[event.mechanism] = block
+        self._ahead[event.mechanism] -= 1
         self.ledger = self.ledger.record(event)
 
     def write_ahead(
@@ -39,7 +49,7 @@ class Spending:
 
         Args:
             written: what the record holds already; where it is ahead, a run was stopped between.
-            append: puts one event on record.
+            append: puts an event on record.
             repeats_to_the_bit: whether what was recorded and will be repeated releases the same bits again, and so
                 counts once; otherwise all that is written counts, and what is repeated counts again.
 

@@ -404,7 +404,7 @@ def test_a_run_that_loses_a_process_ends_with_one_line_and_goes_on_on_any_number
     assert torch.equal(_model(tmp_path / "same"), _model(tmp_path / "whole"))
     assert ledgers["same"] == ledgers["whole"]
     assert ledgers["whole"].steps("training") == 10
-    assert ledgers["other"].steps("training") in (12, 13)
+    assert ledgers["other"].steps("training") == 15  # all of the epoch was on record when it was lost
 
 
 def test_an_error_that_all_processes_make_is_told_once(tmp_path: Path) -> None:

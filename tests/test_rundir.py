@@ -296,3 +296,15 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
     path = started(tmp_path / "run")
     code = f"import sys; from dpquant.rundir import load_run; load_run({str(path)!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_killed_process_had_begun_to_write_goes_on_resume(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", config={}, facts=FACTS):
+        pass
+    begun = [tmp_path / "run" / name for name in (".ledger.jsonl.4242", ".checkpoint.pt.17")]
+    kept = [tmp_path / "run" / name for name in (".notes", "ledger.jsonl.1", ".cache.d")]
+    for path in (*begun, *kept):
+        path.write_text("half")
+    with RunFolder.resume(tmp_path / "run"):
+        assert not any(path.exists() for path in begun)
+        assert all(path.exists() for path in kept)
