@@ -386,6 +386,12 @@ def set_plan(module: nn.Module, plan: Mapping[str, str | Format | LayerPrecision
     present = quantizable_layers(module)
     entries = plan if isinstance(plan, Mapping) else dict.fromkeys(plan)
     for name in entries:
+        other = dict(module.named_modules()).get(name) if name not in present else None
+        if other is not None:
+            raise InputError(
+                f"layer {name!r} is a {type(other).__name__}, whose products are not quantized",
+                hint="Linear and Conv1d, Conv2d, Conv3d can be, of these very types",
+            )
         if name not in present:
             raise InputError(f"unknown layer {name!r}", hint=suggestion(name, present))
     chosen = {n: present[n].preset if e is None else layer_precision(e) for n, e in entries.items()}

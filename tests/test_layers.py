@@ -244,6 +244,13 @@ def test_bad_plans_change_nothing() -> None:
         quantize_model(model(), preset="fp9")
 
 
+def test_layers_of_other_types_are_refused() -> None:
+    net = quantize_model(nn.Sequential(nn.Conv2d(2, 3, 1), nn.ConvTranspose2d(3, 2, 2)))
+    set_plan(net, {"0": "fp8"})
+    with pytest.raises(InputError, match="layer '1' is a ConvTranspose2d, whose products are not quantized"):
+        set_plan(net, {"0": "fp8", "1": "fp8"})
+
+
 def test_inputs_need_a_batch_dimension() -> None:
     layer, _ = quantized("conv2d", "fp8")
     with pytest.raises(InputError, match="without a batch dimension"):
