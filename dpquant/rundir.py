@@ -26,7 +26,7 @@ from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from emulation.errors import InputError, regular_file
+from emulation.errors import InputError, regular_file, suggestion
 from hwmodels.strict_yaml import load_yaml
 
 _CHECKPOINT_MAGIC = b"dpquant-checkpoint-1"
@@ -418,7 +418,9 @@ def _read_start(path: Path) -> dict[str, Any]:
     try:
         text = regular_file(start_path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        hint = "give the folder that `dpquant train` wrote"
+        others = [str(one.parent) for one in path.parent.glob("*/run.json")]
+        near = suggestion(str(path), others)
+        hint = near if near.startswith("did") else "give the folder that `dpquant train` wrote"
         raise InputError(f"no run in '{path}': it has no run.json", hint=hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("cannot be read", file=start_path) from error

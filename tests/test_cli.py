@@ -158,6 +158,7 @@ def test_three_questions_are_answered_by_help(capsys: Capture) -> None:
         (["train", "digits", "--scheduler", "dpqant"], "dpqant", "dpquant"),
         (["report"], "no run given", "RUN"),
         (["report", "nowhere"], "no run in", "dpquant train"),
+        (["privacy", "nowhere"], "nowhere", "digits"),
     ],
 )
 def test_wrong_input(capsys: Capture, words: list[str], error: str, hint: str) -> None:
@@ -641,6 +642,13 @@ def test_interrupted_training_can_be_resumed(
     same = ("quantized", "test_accuracy", "test_loss", "epsilon", "speedup")
     for ours, theirs in zip(load_run(path).records, load_run(trained).records, strict=True):
         assert [getattr(ours, key) for key in same] == [getattr(theirs, key) for key in same]
+
+
+def test_misspelt_runs_have_a_suggestion(capsys: Capture, trained: Path) -> None:
+    for words in (["report"], ["privacy"], ["train", "--resume"]):
+        error, hint = refused(capsys, *words, str(trained.parent / "rum"))
+        assert "no run in" in error
+        assert hint == f"did you mean '{trained}'?"
 
 
 def test_privacy_of_a_run(capsys: Capture, trained: Path) -> None:

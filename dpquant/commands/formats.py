@@ -187,7 +187,7 @@ def _ranking(data: str, out: Output) -> int:
     elif data.endswith(".npy") or Path(data).exists():
         x = _npy(Path(data))
     else:
-        hint = f"{suggestion(data, DISTRIBUTIONS)}, or give a FILE.npy"
+        hint = f"{suggestion(data, DISTRIBUTIONS).rstrip('?')}, or give a FILE.npy"
         raise InputError(f"--data {data!r} is neither a distribution nor a file", hint=hint)
     rows = [vars(row) for row in rank_formats(x)]
     if out.form == "json":

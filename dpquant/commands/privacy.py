@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the command; returns its exit code."""
-    if args.config is not None and (Path(args.config) / "run.json").exists():
+    if args.config is not None and _means_a_run(Path(args.config)):
         return _spent(args, out)
     plan = _from_config(args) if args.config is not None else _from_options(args)
     answer = evaluate(plan)
@@ -235,6 +235,11 @@ def _plan(
         accountant=accountant,
         target_epsilon=target_epsilon,
     )
+
+
+def _means_a_run(path: Path) -> bool:
+    """A folder, or a name beside run folders that no configuration has."""
+    return path.is_dir() or (not path.exists() and not path.suffix and any(path.parent.glob("*/run.json")))
 
 
 def _spent(args: argparse.Namespace, out: Output) -> int:
