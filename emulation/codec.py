@@ -247,7 +247,9 @@ def check_rounding(rounding: str, overflow: str, random_bits: int | None) -> Non
 
 
 def check_input(x: Tensor, fmt: NumberFormat, out: Tensor | None) -> None:
-    """Refuses dtypes that cannot hold the format's values, and an ``out`` that is not like ``x``."""
+    """Refuses dtypes that cannot hold the format's values, sparse tensors, and an ``out`` that is not like ``x``."""
+    if x.layout != torch.strided:
+        raise InputError(f"x of layout={x.layout}", hint="dense tensors are allowed: x.to_dense()")
     if x.dtype != torch.float64:
         if x.dtype not in _FLOATS:
             raise InputError(f"x of dtype={x.dtype}", hint="float16, bfloat16, float32 and float64 are allowed")

@@ -125,6 +125,11 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         round_to(torch.ones(2, dtype=dtype), "fp8")
 
 
+def test_sparse_tensors_are_refused() -> None:
+    with pytest.raises(InputError, match=r"layout=torch\.sparse_coo"):
+        round_to(torch.ones(2, 2).to_sparse(), "fp8")
+
+
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
 @pytest.mark.parametrize("name", ["fp8", "e3m0", "bf16", "int8"])
 def test_strides_change_nothing(name: str, rounding: str) -> None:
