@@ -1,21 +1,27 @@
 """One training step, private and not, quantized and not: times, memory and ratios, interleaved in one process.
 
     python benchmarks/step.py                                   # CPU: the small networks
+    python benchmarks/step.py --models resnet18-imagenet --memory
     python benchmarks/step.py --device cuda --models resnet18-cifar --batch-sizes 64 256 1024 --precision tf32
     python benchmarks/step.py --out step.json
 
 Each case is a network of its own; the cases take turns, step by step, so that what else the machine does hits all of
-them alike. Printed: median milliseconds, the ratio to plain SGD of the same run, examples/s, and on CUDA the peak
-memory of a step. `--allocator default` shows what the C library's own settings cost on the CPU.
+them alike. Printed: median milliseconds, the ratio to plain SGD of the same run, examples/s, and the peak memory: on
+CUDA of a step, beyond what was there before it; on the CPU (`--memory`) of a process of its own for each case, all of
+it. The floor is a plain step and then the norms alone, of operands kept from a private backward: less than that no
+clipping can take that forms the batch's gradients as torch does. `--allocator default` shows what the C library's own
+settings cost on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -31,10 +37,10 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
 from dpquant.allocator import keep_freed_memory
-from dpquant.clipping import PrivateOptimizer, private_criterion, private_module
+from dpquant.clipping import PrivateOptimizer, Tape, per_example_norms, private_criterion, private_module
 from dpquant.graphs import GraphedBackward
 from dpquant.models import build_model
-from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
+from emulation.layers import LayerGradient, quantizable_layers, quantize_model, set_plan, set_rounding
 from hwmodels.nvml import power_meter
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
@@ -45,6 +51,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "resnet18-cifar": ("resnet18", {"stem": "cifar", "num_classes": 10}, (3, 32, 32)),
     "resnet50-imagenet": ("resnet50", {"stem": "imagenet", "num_classes": 10}, (3, 32, 32)),
     "densenet121": ("densenet121", {"num_classes": 10}, (3, 32, 32)),
+    "vit": ("vit_small", {"num_classes": 10}, (3, 32, 32)),
+    "transformer": ("transformer", {"num_classes": 10}, (128,)),
 }
 FORMATS = ("luq_fp4", "fp8", "mxfp4", "nvfp4")
 Step = Callable[[], None]
@@ -116,6 +124,42 @@ def opacus_ghost(module: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
+def floor(module: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """A plain step, then every example's gradient norm from operands that one private backward has left."""
+    private = private_module(quantize_model(copy.deepcopy(module)))
+    tape: Tape = private.private_tape  # type: ignore[assignment]
+    records: list[LayerGradient] = []
+    for layer in quantizable_layers(private).values():
+        layer.tape = records
+    normed: list[tuple[Tensor, Tensor]] = []  # of the layers that normalise: input and output gradient
+
+    def keep(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        x = args[0].detach()
+        out.register_hook(lambda grad: normed.append((_by_channel(layer, x), _by_channel(layer, grad))))
+
+    for layer in private.modules():
+        if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+            layer.register_forward_hook(keep)
+    private_criterion(nn.CrossEntropyLoss())(private(x), y).backward()
+    others, step_without = list(tape.contributions), plain(module, x, y)
+
+    def step() -> None:
+        step_without()
+        tape.contributions = list(others)
+        for record in records:
+            tape.append(record)
+        for kept, grad in normed:
+            _, _ = grad.sum(1), (kept * grad).sum(1)
+        per_example_norms(tape)
+
+    return step
+
+
+def _by_channel(layer: nn.Module, values: Tensor) -> Tensor:
+    """[B, positions, channels]."""
+    return values.flatten(1, -2) if isinstance(layer, nn.LayerNorm) else values.flatten(2).transpose(1, 2)
+
+
 def ours(
     module: nn.Module, x: Tensor, y: Tensor, format: str | None = None, share: float = 1.0, graphs: bool = True
 ) -> Step:
@@ -152,7 +196,7 @@ def cases(formats: list[str], peers: bool, cuda: bool) -> dict[str, Callable[[nn
         found |= {"Opacus hooks": opacus_hooks, "Opacus ghost": opacus_ghost}
     if peers and cuda:
         found["private, no graphs"] = lambda m, x, y: ours(m, x, y, graphs=False)
-    found["private"] = ours
+    found |= {"floor": floor, "private": ours}
     for name in formats:
         found[f"private, {name}"] = lambda m, x, y, f=name: ours(m, x, y, f)
         found[f"private, {name} on half"] = lambda m, x, y, f=name: ours(m, x, y, f, 0.5)
@@ -163,24 +207,19 @@ def measure(
     model: str, batch: int, precision: str, args: argparse.Namespace, profiles: list[dict[str, Any]]
 ) -> list[Row]:
     """Every case of one model, batch size and precision, taking turns; appends the kernels of each to ``profiles``."""
-    name, options, shape = MODELS[model]
     device = torch.device(args.device)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *shape, generator=generator).to(device)
-    y = torch.randint(0, 10, (batch,), generator=generator).to(device)
-    if args.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    x = x.to(dtype)
+    x, y = _batch(model, batch, precision, args)
     steps: dict[str, Step] = {}
     peaks: dict[str, int | None] = {}
     for case, make in cases(args.formats, not args.no_peers, device.type == "cuda").items():
         try:
-            steps[case] = make(build_model(name, **options).to(device, dtype), x, y)
+            if args.memory and device.type == "cpu":
+                peaks[case] = _resident(case, model, batch)
+            steps[case] = make(_network(model, precision, device), x, y)
             for _ in range(args.warmup):
                 steps[case]()
-            peaks[case] = _peak(steps[case], device)
+            if device.type == "cuda":
+                peaks[case] = _peak(steps[case])
         except (torch.OutOfMemoryError, RuntimeError) as error:
             steps.pop(case, None)
             print(f"# {model} {batch} {case}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
@@ -204,7 +243,7 @@ def measure(
             median_ms=m * 1e3,
             ratio=m / medians["plain SGD"],
             examples_per_s=batch / m,
-            peak_bytes=peaks[case],
+            peak_bytes=peaks.get(case),
             joules=energy.get(case),
             precision=precision,
             host_ms=hosts[case] * 1e3 if cuda else None,
@@ -213,6 +252,24 @@ def measure(
         )
         for case, m in medians.items()
     ]
+
+
+def _network(model: str, precision: str, device: torch.device) -> nn.Module:
+    name, options, _ = MODELS[model]
+    return build_model(name, **options).to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def _batch(model: str, size: int, precision: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    shape = MODELS[model][2]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (size,), generator=generator).to(args.device)
+    if len(shape) == 1:
+        return torch.randint(0, 1000, (size, *shape), generator=generator).to(args.device), labels
+    x = torch.randn(size, *shape, generator=generator).to(args.device)
+    if args.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.to(torch.bfloat16 if precision == "bf16" else torch.float32), labels
 
 
 def _seconds(step: Step, device: torch.device) -> tuple[float, float]:
@@ -232,16 +289,30 @@ def _seconds(step: Step, device: torch.device) -> tuple[float, float]:
     return begin.elapsed_time(end) / 1e3, launched
 
 
-def _peak(step: Step, device: torch.device) -> int | None:
-    """Memory of one step beyond what was there before it."""
-    if device.type != "cuda":
-        return None
+def _peak(step: Step) -> int:
+    """Memory of one step on the device beyond what was there before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _resident(case: str, model: str, batch: int) -> int:
+    """Most memory that a process holds that takes some steps of one case and nothing else."""
+    words = [sys.executable, __file__, *sys.argv[1:], "--alone", case, "--models", model, "--batch-sizes", str(batch)]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+
+def alone(case: str, args: argparse.Namespace) -> None:
+    """Takes some steps of one case and prints what the process held at most, in bytes."""
+    (model,), (batch,), precision = args.models, args.batch_sizes, args.precision[0]
+    x, y = _batch(model, batch, precision, args)
+    step = cases(args.formats, True, False)[case](_network(model, precision, torch.device("cpu")), x, y)
+    for _ in range(10):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def _joules(step: Step, device: torch.device, seconds: float = 0.8) -> float:
@@ -279,12 +350,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", nargs="+", default=["digits", "fashion", "resnet18-imagenet"], choices=MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
-    parser.add_argument("--formats", nargs="*", default=["luq_fp4", "fp8"], choices=FORMATS)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--energy", action="store_true", help="also joules per step of the board (CUDA)")
     parser.add_argument("--kernels", help="JSON file: every kernel that a step launches, and its time (CUDA)")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of each case (CPU)")
+    parser.add_argument("--alone", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20)
@@ -294,6 +367,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Full backward hook")
     kept = args.allocator == "kept" and keep_freed_memory()
     torch.backends.cudnn.benchmark = True
+    if args.alone:
+        alone(args.alone, args)
+        return
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, kept: {kept}")
     rows: list[Row] = []
@@ -304,12 +380,11 @@ def main() -> None:
         print(f"\n{model}, {precision}, batch {batch}")
         for r in found:
             peak = "" if r.peak_bytes is None else f" {r.peak_bytes / 2**20:9.0f} MiB"
+            if r.peak_bytes is not None and found[0].peak_bytes is not None:
+                peak += f" {r.peak_bytes / found[0].peak_bytes:5.2f}x"
             peak += "" if r.joules is None else f" {r.joules:8.2f} J"
             peak += "" if r.device_ms is None else f" {r.device_ms:9.2f} ms in {r.kernels} kernels"
             print(f"  {r.case:28s} {r.median_ms:10.2f} ms {r.ratio:6.2f}x {r.examples_per_s:10.0f}/s{peak}", flush=True)
-    print(
-        f"\npeak resident memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    )
     if args.out:
         with open(args.out, "w") as stream:
             facts = {"machine": machine, "torch": torch.__version__, "arguments": vars(args)}
