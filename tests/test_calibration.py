@@ -13,6 +13,7 @@ from emulation.errors import InputError
 from hwmodels.calibration import (
     CALIBRATION_FIELDS,
     GemmCalibration,
+    KernelPower,
     PowerCalibration,
     QuantizeCalibration,
     calibration_from,
@@ -24,9 +25,12 @@ from hwmodels.strict_yaml import parse_yaml
 PASSES = QuantizeCalibration(amax_s=7e-6, amax_bandwidth_efficiency=0.4, cast_s=1.3e-6, cast_bandwidth_efficiency=0.9)
 POWER = PowerCalibration(
     idle_w=130.0,
-    joules_per_byte=6e-11,
-    joules_per_flop={"bfloat16": 7e-13, "nvfp4": 1.5e-13},
     saturation=0.97,
+    throttle=0.5,
+    kernels={
+        "bfloat16": KernelPower(active_w=20.0, joules_per_byte=6e-11, joules_per_flop=7e-13),
+        "nvfp4": KernelPower(active_w=0.0, joules_per_byte=7e-11, joules_per_flop=1.5e-13),
+    },
     fitted=FITTED,
 )
 WHOLE = GemmCalibration(

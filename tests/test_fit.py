@@ -159,22 +159,30 @@ def power_rows(kernel: str, per_flop: float, seed: int) -> PowerRows:
     flops, moved = 10 ** random.uniform(9, 13, 80), 10 ** random.uniform(7, 9.5, 80)
     seconds = np.maximum(flops / 7e14, moved / 3e12) * random.uniform(1.05, 3.0, 80)
     watts = np.minimum(0.98 * 700, 140 + (per_flop * flops + 6e-11 * moved) / seconds)
+    asked = 140 + (per_flop * flops + 6e-11 * moved) / seconds
     return PowerRows(
-        kernel=kernel, flops=flops, moved=moved, seconds=seconds, watts=watts * random.lognormal(0, 0.01, 80)
+        kernel=kernel,
+        flops=flops,
+        moved=moved,
+        seconds=seconds,
+        predicted_s=seconds / np.maximum(asked / (0.98 * 700), 1.0) ** 0.5,
+        watts=watts * random.lognormal(0, 0.01, 80),
+        fixed_s=0.0,
     )
 
 
 def test_power_is_recovered() -> None:
     rows = [power_rows("bfloat16", 9e-13, 0), power_rows("nvfp4", 3e-13, 1)]
     found = fit_power(rows, limit_w=700.0, floor_w=130.0, source="synthetic")
-    assert found.idle_w == pytest.approx(140, rel=0.05)
-    assert found.joules_per_byte == pytest.approx(6e-11, rel=0.1)
-    assert found.joules_per_flop["bfloat16"] == pytest.approx(9e-13, rel=0.1)
-    assert found.joules_per_flop["nvfp4"] == pytest.approx(3e-13, rel=0.1)
+    for kernel, per_flop in (("bfloat16", 9e-13), ("nvfp4", 3e-13)):
+        one = found.kernels[kernel]
+        assert found.idle_w + one.active_w == pytest.approx(140, rel=0.05)
+        assert one.joules_per_byte == pytest.approx(6e-11, rel=0.1)
+        assert one.joules_per_flop == pytest.approx(per_flop, rel=0.1)
+    assert found.throttle > 0.1
     assert found.saturation == pytest.approx(0.98, rel=0.02)
     assert found.fitted.held_out_mape_percent < 2.0
-    few = replace(
-        rows[0], flops=rows[0].flops[:5], moved=rows[0].moved[:5], seconds=rows[0].seconds[:5], watts=rows[0].watts[:5]
-    )
+    arrays = ("flops", "moved", "seconds", "predicted_s", "watts")
+    few = replace(rows[0], **{name: getattr(rows[0], name)[:5] for name in arrays})
     with pytest.raises(InputError, match="too few power"):
         fit_power([few], limit_w=700.0, floor_w=130.0, source="")

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from dpquant.clipping import PrivateOptimizer, private_criterion, private_module
 from dpquant.models import INPUT_SHAPES, MODELS, build_model, example_input
 from dpquant.resnet import group_norm
 from emulation.errors import InputError
+from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
 
 # Of torchvision 0.28.0's own models with 10 classes: parameters, GroupNorms in place of BatchNorms, Conv and Linear
 # layers, and the hash of their sorted parameter names and shapes.
@@ -96,6 +98,41 @@ def test_opacus_hooks_find_every_example_gradient(name: str) -> None:
         assert parameter.grad_sample.shape == (2, *parameter.shape)
         assert torch.isfinite(parameter.grad_sample).all()
     hooked.remove_hooks()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("format", [None, "luq_fp4", "nvfp4"])
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("vit_small", {"depth": 2, "image_size": 8}, (3, 8, 8)),
+        ("transformer", {"depth": 2, "length": 8, "vocabulary": 20}, (8,)),
+        ("resnet50", {}, (3, 32, 32)),
+        ("densenet121", {}, (3, 32, 32)),
+    ],
+)
+def test_a_private_step_clips_the_gradients_that_hooks_materialise(name, options, shape, format) -> None:
+    moved = []
+    for clipping in ("bookkeeping", "hooks"):
+        torch.manual_seed(0)
+        model = quantize_model(build_model(name, **options))
+        x = torch.randint(20, (3, *shape)) if len(shape) == 1 else torch.randn(3, *shape)
+        set_plan(model, dict.fromkeys(quantizable_layers(model), format) if format else {})
+        set_rounding(model, seed=1, example_ids=torch.arange(3))
+        before = [p.detach().clone() for p in model.parameters()]
+        private = private_module(model, clipping=clipping)
+        optimizer = PrivateOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            module=private,
+            noise_multiplier=0.0,
+            max_grad_norm=0.5,
+            expected_batch_size=1,
+        )
+        private_criterion(nn.CrossEntropyLoss())(private(x), torch.tensor([0, 1, 1])).backward()
+        optimizer.step()
+        moved.append(torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), before, strict=True)]))
+    assert 0.1 < moved[0].norm() <= 1.5
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-6)
 
 
 def test_digits_cnn_has_layers_to_choose_from() -> None:

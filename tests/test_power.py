@@ -11,27 +11,41 @@ from test_calibration import PASSES, POWER
 from test_gemm import KERNEL, RATES
 
 from emulation.errors import InputError
-from hwmodels.power import board_power, capped_power, joules_per_flop, moved_bytes
-from hwmodels.profile import load_profile
+from hwmodels.power import board_joules, board_power, kernel_power, moved_bytes
+from hwmodels.profile import HardwareProfile, load_profile
 
 
 def test_by_hand() -> None:
-    assert capped_power(0.76, 1e-2, 700.0, POWER) == pytest.approx(130 + 76)
-    assert capped_power(0.76, 1e-3, 700.0, POWER) == pytest.approx(0.97 * 700)
+    profile = chip()
+    # 4096 x 4096 x 4096 in a second: idle power, that of a running kernel, and little more
+    dynamic = 7e-13 * 2 * 4096**3 + 6e-11 * 3 * 2 * 4096**2
+    assert board_power(4096, 4096, 4096, 1.0, "bfloat16", profile) == pytest.approx(130 + 20 + dynamic)
+    assert board_power(1, 1, 1, 1e-9, "bfloat16", profile) == pytest.approx(130, abs=1)  # all launch
+    assert board_joules(4096, 4096, 4096, 1.0, "bfloat16", profile) == pytest.approx(150 + dynamic)
+    # in 100 us it would ask for more than the limit
+    asked = 150 + dynamic / 1e-4
+    assert asked > 0.97 * 700
+    assert board_power(4096, 4096, 4096, 1e-4, "bfloat16", profile) == pytest.approx(0.97 * 700)
+    slower_s = 1e-4 * (asked / (0.97 * 700)) ** 0.5
+    expected = min(0.97 * 700, 150 + dynamic / slower_s) * slower_s
+    assert board_joules(4096, 4096, 4096, 1e-4, "bfloat16", profile) == pytest.approx(expected)
+
+
+def chip() -> HardwareProfile:
     profile = load_profile("h200")
     assert profile.calibration is not None
-    fitted = profile.calibration.power
-    assert fitted is not None
-    # 4096 x 4096 x 4096 in a second: idle power and little more
-    dynamic = fitted.joules_per_flop["bfloat16"] * 2 * 4096**3 + fitted.joules_per_byte * 3 * 2 * 4096**2
-    assert board_power(4096, 4096, 4096, 1.0, "bfloat16", profile) == pytest.approx(fitted.idle_w + dynamic)
+    return replace(profile, calibration=replace(profile.calibration, power=POWER))
 
 
-@given(st.floats(0, 1e6), st.floats(1e-7, 1e3))
-def test_between_idle_and_limit(dynamic: float, seconds: float) -> None:
-    watts = capped_power(dynamic, seconds, 700.0, POWER)
+@given(st.integers(64, 8192), st.floats(1e-5, 1e-1))
+def test_between_idle_and_limit(size: int, seconds: float) -> None:
+    profile = chip()
+    watts = board_power(size, size, size, seconds, "bfloat16", profile)
     assert POWER.idle_w <= watts <= 0.97 * 700
-    assert capped_power(dynamic, 2 * seconds, 700.0, POWER) <= watts
+    assert board_power(size, size, size, 2 * seconds, "bfloat16", profile) <= watts
+    joules = board_joules(size, size, size, seconds, "bfloat16", profile)
+    assert joules >= watts * seconds * (1 - 1e-9)
+    assert joules == pytest.approx(watts * seconds) or watts == pytest.approx(0.97 * 700)
 
 
 def test_quantization_moves_bytes_too() -> None:
@@ -46,10 +60,11 @@ def test_quantization_moves_bytes_too() -> None:
 
 def test_a_kernel_without_measured_power_takes_bfloat16s_in_proportion_to_the_rates() -> None:
     profile = load_profile("b200")
-    assert joules_per_flop("nvfp4", POWER, profile) == 1.5e-13
-    assert joules_per_flop("fp8_block", POWER, profile) == pytest.approx(7e-13 / 2)
+    assert kernel_power("nvfp4", POWER, profile) == POWER.kernels["nvfp4"]
+    found = kernel_power("fp8_block", POWER, profile)
+    assert found == replace(POWER.kernels["bfloat16"], joules_per_flop=pytest.approx(7e-13 / 2))
     with pytest.raises(InputError, match="'fp8' has no fitted energy") as caught:
-        joules_per_flop("fp8", replace(POWER, joules_per_flop={"nvfp4": 1e-13}), profile)
+        kernel_power("fp8", replace(POWER, kernels={"nvfp4": POWER.kernels["nvfp4"]}), profile)
     assert "nvfp4" in str(caught.value.hint)
 
 

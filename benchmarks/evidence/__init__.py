@@ -1,0 +1,1 @@
+"""The results page: tables, plots and sentences from the committed result files."""

@@ -1,0 +1,99 @@
+"""The committed result files as sweeps with their results; what belongs to another configuration is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpquant.statistics import Sample, paired, sample
+from dpquant.sweep import Sweep, load_sweep, point_key, shipped_sweeps, short_names
+from dpquant.sweep_results import SweepResult, read_results
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Settings = Mapping[str, Any]
+Accuracies = Mapping[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A sweep and the results there are of it.
+
+    Attributes:
+        sweep: its specification.
+        results: of its runs, by name.
+        stale: names of results that another configuration gave; they are not used.
+    """
+
+    sweep: Sweep
+    results: Mapping[str, SweepResult]
+    stale: tuple[str, ...]
+
+    def accuracies(self, settings: Settings) -> Accuracies:
+        """Seed -> test accuracy after the last epoch of a point's finished runs."""
+        key = point_key(settings)
+        found = [
+            self.results[r.name] for r in self.sweep.runs if r.name in self.results and point_key(r.settings) == key
+        ]
+        return {result.seed: result.accuracy for result in found if result.done and result.accuracy is not None}
+
+    def points(self, **wanted: Any) -> list[Settings]:
+        """The points whose settings have these values, named by the last part of their keys."""
+        short = {name: key for key, name in short_names(self.sweep.keys).items()}
+        return [
+            p for p in self.sweep.points.values() if all(p.get(short.get(k, k)) == value for k, value in wanted.items())
+        ]
+
+    def compared(self, here: Settings, there: Settings) -> Sample:
+        """Paired difference in accuracy between two points."""
+        return paired(self.accuracies(here), self.accuracies(there))
+
+    def full_precision(self, settings: Settings) -> Settings | None:
+        """The point in full precision that goes with a point: the same but for schedule, format and analysis."""
+        free = ("schedule.", "analysis.", "format", "training.accumulate", "hardware.")
+        kept = {key: value for key, value in settings.items() if not key.startswith(free)}
+        for point in self.points(scheduler="full"):
+            if point != settings and all(point[key] == value for key, value in kept.items()):
+                return point
+        return None
+
+
+def load_all(folder: Path = RESULTS / "sweeps") -> dict[str, Evidence]:
+    """Name -> evidence of every shipped sweep that has a results file."""
+    found = {}
+    for name, path in sorted(shipped_sweeps().items()):
+        known = read_results(folder / f"{name}.jsonl")
+        if not known:
+            continue
+        sweep = load_sweep(path)
+        digests = {run.name: run.config.digest for run in sweep.runs}
+        own = {n: r for n, r in known.items() if digests.get(n) == r.digest}
+        found[name] = Evidence(sweep=sweep, results=own, stale=tuple(n for n in known if n not in own))
+    return found
+
+
+def average(evidence: Evidence, pairs: list[tuple[Settings, Settings]]) -> Sample:
+    """Paired differences averaged over pairs of points: each seed's mean over the pairs it has is one value."""
+    by_seed: dict[int, list[float]] = {}
+    for here, there in pairs:
+        a, b = evidence.accuracies(here), evidence.accuracies(there)
+        for seed in a.keys() & b.keys():
+            by_seed.setdefault(seed, []).append(a[seed] - b[seed])
+    return sample([sum(values) / len(values) for _, values in sorted(by_seed.items())])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def by_seed(rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Sample:
+    """Mean per seed of ``value``, as a sample over seeds."""
+    seeds: dict[int, list[float]] = {}
+    for row in rows:
+        seeds.setdefault(row["seed"], []).append(value(row))
+    return sample([sum(v) / len(v) for _, v in sorted(seeds.items())])

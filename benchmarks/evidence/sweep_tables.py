@@ -1,0 +1,222 @@
+"""Tables of the sweeps: every point with its interval, its paired differences, and the command that trains it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpquant.statistics import Sample, paired, sample
+from dpquant.sweep import Outcome, outcomes, short_names
+
+from .files import Evidence, Settings, average
+from .markdown import NONE, difference, interval, mean, table, times, verdict
+
+PUBLISHED = {"fashion_anchor": 86.0, "cifar10_anchor": 59.2}
+TITLES = {
+    "fashion_anchor": "Fashion-MNIST in full precision, epsilon 3",
+    "cifar10_anchor": "CIFAR-10 in full precision, epsilon 3",
+    "fashion_main": "Schedulers on Fashion-MNIST",
+    "cifar10_main": "Schedulers on CIFAR-10",
+    "digits_main": "Schedulers on the digits",
+    "digits_schedulers": "Schedulers on the digits, the demonstration",
+    "fashion_subsets": "Every fixed choice of Fashion-MNIST's layers",
+    "cifar10_subsets": "Fixed choices of CIFAR-10's layers",
+    "cifar10_time": "Schedulers on CIFAR-10 at equal modelled time",
+    "cifar10_ablation": "Settings of the dpquant scheduler on CIFAR-10",
+    "digits_ablation": "Settings of the dpquant scheduler on the digits",
+    "fashion_formats": "Formats on Fashion-MNIST",
+    "cifar10_formats": "Formats on CIFAR-10",
+    "fashion_accumulate": "The chips' own accumulation",
+    "fashion_nonprivate": "Without privacy: Fashion-MNIST",
+    "cifar10_nonprivate": "Without privacy: CIFAR-10",
+    "fashion_adam": "DP-Adam on Fashion-MNIST",
+    "cifar10_vit": "A vision transformer on CIFAR-10, DP-Adam",
+    "words_main": "A transformer on text, DP-Adam",
+    "cifar10_finetune": "Fine-tuning on CIFAR-10",
+    "cifar10_resnet18": "ResNet-18 with GroupNorm on CIFAR-10",
+    "cifar10_deep": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10",
+}
+ROOTS = {"fashion": "", "digits": "", "cifar10": " --data-root cifar10", "words": " --data-root words.npz"}
+
+
+def label(evidence: Evidence, settings: Settings) -> str:
+    """What of a point is not the same for all points, as arguments of ``--only``."""
+    short = short_names(evidence.sweep.keys)
+    values = {k: {json.dumps(p[k]) for p in evidence.sweep.points.values()} for k in evidence.sweep.keys}
+    parts = [f"{short[k]}={_yaml(settings[k])}" for k in evidence.sweep.keys if len(values[k]) > 1]
+    return " ".join(f"'{part}'" if " " in part else part for part in parts) or "all"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return "null" if value is None else str(value)
+
+
+def only(evidence: Evidence, settings: Settings) -> str:
+    """The option that chooses a point, where there are several."""
+    return f" --only {label(evidence, settings)}" if len(evidence.sweep.points) > 1 else ""
+
+
+def command(name: str, evidence: Evidence) -> str:
+    """The command that trains a sweep, where it was trained."""
+    devices = {r.device for r in evidence.results.values() if r.device}
+    device = "" if devices <= {"cpu"} else " --device cuda"
+    return f"dpquant sweep {name}{device}{ROOTS[name.split('_')[0]]}"
+
+
+def section(name: str, evidence: Evidence, plot: str | None) -> str:
+    """One sweep: what it is, its plot, its table."""
+    found = [o for o in outcomes(evidence.sweep, evidence.results) if o.runs or o.failed]
+    seeds = len({run.seed for run in evidence.sweep.runs})
+    done, planned = sum(o.runs for o in found), len(evidence.sweep.runs)
+    shared = [f"`{k}` {_yaml(v)}" for k, v in _constant(evidence).items()]
+    parts = [f"### {TITLES.get(name, name)}", ""]
+    parts.append(
+        f"{done} of {planned} runs ({seeds} seeds)"
+        + (f"; all with {', '.join(shared)}" if shared else "")
+        + f". A row again: `{command(name, evidence)} --only` and its first column."
+    )
+    if plot:
+        parts += ["", f"![{TITLES.get(name, name)}]({plot})"]
+    parts += ["", _table(evidence, found)]
+    return "\n".join(parts)
+
+
+def _constant(evidence: Evidence) -> dict[str, Any]:
+    points = list(evidence.sweep.points.values())
+    keys = [k for k in evidence.sweep.keys if all(p[k] == points[0][k] for p in points)]
+    return {short_names(evidence.sweep.keys)[k]: points[0][k] for k in keys}
+
+
+def _table(evidence: Evidence, found: list[Outcome]) -> str:
+    with_baseline = any(o.compared_with is not None for o in found)
+    with_full = any(evidence.full_precision(o.settings) is not None for o in found)
+    titles = ["`--only`", "runs", "accuracy, %", "95 % of the mean", "worst seed"]
+    titles += ["against its baseline, points"] * with_baseline + ["against full precision"] * with_full
+    titles += ["speedup, peak", "calibrated", "energy"]
+    rows = []
+    for o in found:
+        full = evidence.full_precision(o.settings)
+        row = [f"`{label(evidence, o.settings)}`", f"{o.runs}", mean(o.accuracy), interval(o.accuracy)]
+        row.append(NONE if o.worst_accuracy is None else f"{100 * o.worst_accuracy:.1f}")
+        row += [difference(o.difference)] * with_baseline
+        row += [NONE if full is None else difference(evidence.compared(o.settings, full))] * with_full
+        energy = NONE if o.energy_share_peak is None else f"{100 * o.energy_share_peak:.0f} %"
+        rows.append([*row, times(o.speedup_peak), times(o.speedup_calibrated), energy])
+    return table(titles, rows, right=range(1, len(titles)))
+
+
+# --- anchors
+
+
+def anchors(found: Mapping[str, Evidence]) -> str:
+    """Full precision beside what was published."""
+    rows = []
+    for name, published in PUBLISHED.items():
+        if name not in found:
+            continue
+        evidence = found[name]
+        for settings in evidence.sweep.points.values():
+            own = sample(list(evidence.accuracies(settings).values()))
+            near = own.mean is not None and abs(100 * own.mean - published) <= 1
+            rows.append(
+                [
+                    f"`{command(name, evidence)}{only(evidence, settings)}`",
+                    f"{own.n}",
+                    mean(own),
+                    interval(own),
+                    f"{published:.1f}",
+                    "yes" if near else "no",
+                ]
+            )
+    if not rows:
+        return "No anchor has been trained yet."
+    return table(
+        ["run", "runs", "accuracy, %", "95 % of the mean", "published, %", "within a point"], rows, range(1, 6)
+    )
+
+
+# --- best static choice, known beforehand
+
+
+def best_static(main: Evidence, subsets: Evidence, layers: int) -> str:
+    """The best fixed choice of each size, chosen on the first half of the seeds and judged on the second."""
+    seeds = sorted({run.seed for run in subsets.sweep.runs})
+    choosing, judging = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
+    rows = []
+    for count in range(1, layers + 1):
+        fixed = [p for p in subsets.sweep.points.values() if len(p["schedule.layers"]) == count]
+        scores = {i: _over(subsets.accuracies(p), choosing) for i, p in enumerate(fixed)}
+        if len(fixed) < 2 or any(score is None for score in scores.values()):
+            continue
+        epsilon = fixed[0]["privacy.target_epsilon"]
+        best = fixed[max(scores, key=lambda i: (scores[i] or 0.0, -i))]
+        own = {s: a for s, a in subsets.accuracies(best).items() if s in judging}
+        for settings in main.points(target_epsilon=epsilon):
+            if settings["schedule.scheduler"] == "full" or round(settings["schedule.fraction"] * layers) != count:
+                continue
+            versus = paired({s: a for s, a in main.accuracies(settings).items() if s in judging}, own)
+            rows.append(
+                [
+                    f"{count} of {layers}",
+                    ", ".join(best["schedule.layers"]),
+                    mean(sample(list(own.values()))),
+                    f"`{settings['schedule.scheduler']}`, {settings['analysis.estimator']}",
+                    difference(versus),
+                    verdict(versus),
+                ]
+            )
+    titles = ["layers", "best fixed choice", "its accuracy, %", "scheduler", "scheduler less choice, points", ""]
+    return table(titles, rows, right=(2, 4)) if rows else "Not enough runs yet."
+
+
+def _over(accuracies: Mapping[int, float], seeds: list[int]) -> float | None:
+    values = [accuracies[s] for s in seeds if s in accuracies]
+    return math.fsum(values) / len(values) if values else None
+
+
+# --- what the schedulers come to, over all settings of a sweep
+
+
+SCHEDULERS = (
+    ("pls", "probe", "static", "redrawn uniformly (pls) less fixed at random (static)"),
+    ("dpquant", "probe", "static", "dpquant with the private probe less static"),
+    ("dpquant", "released", "static", "dpquant from released gradients less static"),
+    ("dpquant", "probe", "pls", "dpquant with the private probe less pls"),
+    ("dpquant", "released", "pls", "dpquant from released gradients less pls"),
+)
+
+
+def scheduler_averages(evidence: Evidence) -> Iterator[tuple[str, Sample]]:
+    """Each comparison of schedulers, averaged over a sweep's settings."""
+    has_estimator = "analysis.estimator" in evidence.sweep.keys
+    for scheduler, estimator, other, said in SCHEDULERS:
+        if not has_estimator and estimator != "probe":
+            continue
+        wanted = {"estimator": estimator} if has_estimator else {}
+        pairs = []
+        for here in evidence.points(scheduler=scheduler, **wanted):
+            changed = {"schedule.scheduler": other} | ({"analysis.estimator": "probe"} if has_estimator else {})
+            there = {**here, **changed}
+            if there in evidence.sweep.points.values():
+                pairs.append((here, there))
+        if pairs:
+            yield said, average(evidence, pairs)
+
+
+def averages_table(found: Mapping[str, Evidence]) -> str:
+    """Every comparison of schedulers over every sweep that varies them."""
+    rows = [
+        [TITLES.get(name, name), said, f"{value.n}", difference(value), verdict(value)]
+        for name, evidence in found.items()
+        if "schedule.scheduler" in evidence.sweep.keys and name != "digits_schedulers"
+        for said, value in scheduler_averages(evidence)
+        if value.n
+    ]
+    titles = ["sweep", "comparison", "seeds", "difference, points", ""]
+    return table(titles, rows, right=(2, 3)) if rows else "No scheduler has been compared yet."

@@ -1,0 +1,215 @@
+"""Writes docs/results.md and its plots from the result files under benchmarks/results.
+
+    python benchmarks/results_page.py
+
+Every number on the page is computed here from those files, or by the cost model; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+from evidence import chips, findings, variance_tables
+from evidence.files import ROOT, Evidence, Settings, load_all
+from evidence.markdown import table
+from evidence.plots import Panel, dots
+from evidence.sweep_tables import TITLES, anchors, averages_table, best_static, section
+
+from dpquant.statistics import Sample, sample
+from dpquant.sweep import shipped_sweeps
+from dpquant.sweep_results import SweepResult
+
+PAGE = ROOT / "docs" / "results.md"
+PLOTS = ROOT / "docs" / "results"
+LAYERS = {"fashion": 4, "cifar10": 8}
+INTRODUCTION = """What was trained to find out whether scheduling saves accuracy under FP4, where, and what it buys on
+real chips. `python benchmarks/results_page.py` writes this page from the files under `benchmarks/results` (one line a
+run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the last
+epoch. Differences are paired: the same seed with and without; `(a to b)` is their 95 % interval by Student's t, and
+where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance. CIFAR-10 is its JPEG copy."""
+VARIANCE = (
+    """`python benchmarks/variance.py --out benchmarks/results/variance.jsonl`: Fashion-MNIST's CNN, five seeds, three
+    ways of training with one learning rate and, where there is noise, the same noise. Mean ± sd over seeds, then the
+    95 % interval. First, what the variance of unbiased rounding grows with under DP-SGD:
+    `variance ~ max^b rms^c` over the examples; with a scale per example b + c is 2.""",
+    "Second, whether private training makes it worse.",
+    """Third, which operands do it, under DP-SGD: squared error of the mean clipped weight gradient over its square.
+    Forward operands (weights, inputs) are rounded to nearest, output gradients stochastically (FP8: to nearest).""",
+)
+CHIPS = """Speedup of DP-SGD with all layers quantized over the chip's own full precision (bfloat16), by the
+[cost model](cost-model.md): `peak` takes the published rates, `calibrated` what was measured of kernels (there are no
+measurements of the MI355X). `pays from`: the first from which on it is 1.05x or more."""
+PARETO = """What a format loses in accuracy, all layers in it, beside what it saves in time and energy on the chips that
+have it, for the networks and batches that were trained."""
+GROUPS = (
+    ("Schedulers, sweep by sweep", ("fashion_main", "cifar10_main", "cifar10_time", "digits_main")),
+    ("Fixed choices of layers", ("fashion_subsets", "cifar10_subsets")),
+    ("Settings of the scheduler", ("cifar10_ablation", "digits_ablation")),
+    ("Formats and accumulation", ("fashion_formats", "cifar10_formats", "fashion_accumulate")),
+    (
+        "Other networks, optimizers and no privacy",
+        (
+            "cifar10_resnet18",
+            "cifar10_deep",
+            "cifar10_vit",
+            "words_main",
+            "fashion_adam",
+            "cifar10_finetune",
+            "fashion_nonprivate",
+            "cifar10_nonprivate",
+        ),
+    ),
+)
+
+
+def main() -> None:
+    """Writes the page and the plots, and takes away plots that are no longer on it."""
+    page, plots = results()
+    PAGE.write_text(page, encoding="utf-8")
+    PLOTS.mkdir(exist_ok=True)
+    for path in PLOTS.glob("*.svg"):
+        if path.name not in plots:
+            path.unlink()
+    for name, text in plots.items():
+        (PLOTS / name).write_text(text, encoding="utf-8")
+
+
+def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
+    """The page, and its plots by file name."""
+    found = load_all() if folder is None else load_all(folder)
+    plots = {f"{name}.svg": text for name, evidence in found.items() if (text := scheduler_plot(evidence))}
+    parts = [
+        "# Results",
+        "",
+        prose(INTRODUCTION),
+        "",
+        "## What was found",
+        "",
+        "\n\n".join(prose(paragraph) for paragraph in findings.paragraphs(found)),
+        "",
+        "## Full precision against published figures",
+        "",
+        "Tramer and Boneh (arXiv 2011.11660): the same networks, rates and budgets.",
+        "",
+        anchors(found),
+        "",
+        "## Schedulers against each other",
+        "",
+        "Each row is one comparison averaged over all budgets and fractions of a sweep; a seed's average is one value.",
+        "",
+        averages_table(found),
+    ]
+    parts += _best(found)
+    for title, names in GROUPS:
+        present = [name for name in names if name in found]
+        if present:
+            parts += ["", f"## {title}"]
+        for name in present:
+            plot = f"results/{name}.svg" if f"{name}.svg" in plots else None
+            parts += ["", section(name, found[name], plot)]
+    parts += _variance() + _chips(found) + _unfinished(found) + ["", "## Hours", "", hours(found)]
+    return "\n".join(parts) + "\n", plots
+
+
+def _best(found: Mapping[str, Evidence]) -> list[str]:
+    parts: list[str] = []
+    text = """The best fixed choice is chosen on the first half of the seeds and judged on the second; choosing and
+    judging on the same runs would favour it."""
+    for key, layers in LAYERS.items():
+        if f"{key}_main" in found and f"{key}_subsets" in found:
+            parts += ["", f"### {TITLES[f'{key}_subsets']}: the best of them against the schedulers", "", prose(text)]
+            parts += ["", best_static(found[f"{key}_main"], found[f"{key}_subsets"], layers)]
+    return parts
+
+
+def _variance() -> list[str]:
+    parts = ["", "## Why: what quantization does to gradients"]
+    tables = (variance_tables.law(), variance_tables.methods(), variance_tables.operands())
+    for text, found in zip(VARIANCE, tables, strict=True):
+        parts += ["", prose(text), "", found]
+    return parts
+
+
+def _chips(found: Mapping[str, Evidence]) -> list[str]:
+    parts = ["", "## Where it pays on chips", "", prose(CHIPS)]
+    width = "A transformer of six layers on sequences of 128, batch 256."
+    for title, text, body in (
+        ("By batch size", "", chips.batches_table()),
+        ("By width", width, chips.widths_table()),
+        ("Accuracy against speed", PARETO, chips.pareto_table(found)),
+    ):
+        parts += ["", f"### {title}", "", *([prose(text), ""] if text else []), body]
+    return parts
+
+
+def prose(text: str) -> str:
+    """A paragraph in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _unfinished(found: Mapping[str, Evidence]) -> list[str]:
+    said = findings.unfinished(found)
+    missing = [TITLES.get(name, name) for name in shipped_sweeps() if name not in found and name != "digits_schedulers"]
+    if missing:
+        said.append(f"Not run yet: {'; '.join(missing)}.")
+    return ["", "## What failed, and what is missing", "", *(f"- {line}" for line in said or ["Nothing."])]
+
+
+def hours(found: Mapping[str, Evidence]) -> str:
+    """Run-hours and device-hours of every sweep."""
+    rows = []
+    for name, evidence in found.items():
+        for device in sorted({r.device or "-" for r in evidence.results.values()}):
+            own = [r for r in evidence.results.values() if (r.device or "-") == device]
+            ran = sum(r.wall_s or 0.0 for r in own) / 3600
+            rows.append([TITLES.get(name, name), device, f"{len(own)}", f"{ran:.2f}", busy_hours(own)])
+    note = "Runs share their device, so run-hours add up to more than the device was busy for; `-`: not recorded.\n\n"
+    return note + table(["sweep", "device", "runs", "run-hours", "device-hours"], rows, range(2, 5))
+
+
+def busy_hours(own: list[SweepResult]) -> str:
+    """Hours in which at least one of the runs was under way."""
+    if any(r.ended_s is None or r.wall_s is None for r in own):
+        return "-"
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted((r.ended_s - r.wall_s, r.ended_s) for r in own if r.ended_s and r.wall_s is not None):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return f"{total / 3600:.2f}"
+
+
+def scheduler_plot(evidence: Evidence) -> str | None:
+    """Accuracy over the fraction of layers quantized, a panel per budget."""
+    keys = evidence.sweep.keys
+    if not {"schedule.scheduler", "schedule.fraction"} <= set(keys) or "format" in keys:
+        return None
+    points = list(evidence.sweep.points.values())
+    budgets = list(dict.fromkeys(p.get("privacy.target_epsilon") for p in points))
+    panels = []
+    for budget in budgets:
+        own = [p for p in points if p.get("privacy.target_epsilon") == budget]
+        fractions = sorted({p["schedule.fraction"] for p in own if p["schedule.fraction"] is not None})
+        series: dict[str, dict[str, Sample]] = {}
+        for p in own:
+            value = sample(list(evidence.accuracies(p).values()))
+            if value.n and p["schedule.fraction"] is not None:
+                places = fractions if p["schedule.scheduler"] == "full" else [p["schedule.fraction"]]
+                series.setdefault(_series(p), {}).update({f"{f:g}": value for f in places})
+        title = "all budgets" if budget is None else f"epsilon {budget:g}"
+        panels.append(Panel(title=title, places=[f"{f:g}" for f in fractions], series=series))
+    panels = [panel for panel in panels if panel.series]
+    return dots(panels, "test accuracy, %; by share of layers quantized") if panels else None
+
+
+def _series(settings: Settings) -> str:
+    scheduler = str(settings["schedule.scheduler"])
+    model = settings.get("model.name")
+    estimator = settings.get("analysis.estimator")
+    name = f"{scheduler}, {estimator}" if scheduler == "dpquant" and estimator else scheduler
+    return f"{model}: {name}" if model and model in ("resnet50", "densenet121") else name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""docs/results.md is what its files say, by an independent calculation too, and claims nothing without an interval."""
+
+import dataclasses
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import results_page  # noqa: E402
+from evidence import findings, plots, sweep_tables  # noqa: E402
+from evidence.files import Evidence, load_all  # noqa: E402
+
+from dpquant.statistics import sample  # noqa: E402
+from dpquant.sweep import load_sweep, point_key  # noqa: E402
+from dpquant.sweep_results import SweepResult  # noqa: E402
+
+PAGE = ROOT / "docs" / "results.md"
+FILES = sorted((ROOT / "benchmarks" / "results" / "sweeps").glob("*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[str, dict[str, str]]:
+    return results_page.results()
+
+
+def test_the_page_and_its_plots_are_those_of_the_files(built: tuple[str, dict[str, str]]) -> None:
+    page, drawn = built
+    assert page == PAGE.read_text(encoding="utf-8"), "python benchmarks/results_page.py writes it anew"
+    kept = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "results").glob("*.svg")}
+    assert drawn == kept
+
+
+def rows(title: str) -> list[list[str]]:
+    """The cells of the table under a heading of the page."""
+    found = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^#|\Z)", PAGE.read_text(), flags=re.M | re.S)
+    assert found, title
+    lines = [line for line in found[1].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.stem))
+def test_means_and_intervals_by_another_hand(path: Path) -> None:
+    """Every accuracy, interval and difference from the raw lines, with SciPy's Student t."""
+    stats = pytest.importorskip("scipy.stats")
+    raw: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines():
+        one: dict[str, Any] = json.loads(line)
+        if one["status"] == "done":
+            raw.setdefault(point_key(one["settings"]), {})[one["seed"]] = one["accuracy"]
+
+    def interval(values: list[float]) -> tuple[float, float]:
+        middle, error = statistics.fmean(values), stats.sem(values)
+        low, high = stats.t.interval(0.95, len(values) - 1, middle, error)
+        return float(low), float(high)
+
+    evidence = load_all()[path.stem]
+    table = {row[0]: row for row in rows(sweep_tables.TITLES[path.stem])} if "anchor" not in path.stem else {}
+    checked = 0
+    for point in evidence.sweep.points.values():
+        values = raw.get(point_key(point))
+        if not values or not table:
+            continue
+        row = table[f"`{sweep_tables.label(evidence, point)}`"]
+        assert row[1] == str(len(values))
+        assert row[2].startswith(f"{100 * statistics.fmean(values.values()):.1f}")
+        assert row[4] == f"{100 * min(values.values()):.1f}"
+        checked += 1
+        if len(values) < 2:
+            assert row[3] == "-"
+            continue
+        low, high = interval(list(values.values()))
+        assert row[3] == f"{100 * low:.1f} to {100 * high:.1f}"
+        other = evidence.sweep.compared_with(point)
+        pairs = sorted(values.keys() & raw.get(point_key(other), {}).keys()) if other is not None else []
+        if len(pairs) > 1 and other is not None:
+            found = [values[seed] - raw[point_key(other)][seed] for seed in pairs]
+            low, high = interval(found)
+            assert row[5] == f"{100 * statistics.fmean(found):+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+    assert checked == len(table)
+
+
+def invented(name: str, accuracy: Any, seeds: int, **changes: Any) -> Evidence:
+    """A sweep whose runs of the first seeds all have results that ``accuracy(run)`` gives."""
+    sweep = load_sweep(name)
+    first = sorted({run.seed for run in sweep.runs})[:seeds]
+    results = {
+        run.name: SweepResult(
+            name=run.name, settings=run.settings, seed=run.seed, digest=run.config.digest, status="done",
+            accuracy=accuracy(run), wall_s=60.0, device="cpu", **changes,
+        )
+        for run in sweep.runs
+        if run.seed in first
+    }  # fmt: skip
+    return Evidence(sweep=sweep, results=results, stale=())
+
+
+GAIN = {"full": 0.05, "static": 0.0, "pls": 0.0, "dpquant": 0.02}
+
+
+def gains(run: Any) -> float:
+    wobble = 1e-3 * ((run.seed * 7 + len(run.name)) % 5)
+    return 0.6 + GAIN[run.settings["schedule.scheduler"]] + wobble
+
+
+def test_one_seed_claims_nothing() -> None:
+    found = {"cifar10_main": invented("cifar10_main", gains, 1)}
+    text = findings.paragraphs(found)[0]
+    assert "too few seeds" in text
+    assert not re.search(r"\bis (better|worse)", text)
+    table = sweep_tables.averages_table(found)
+    assert table.count("not enough seeds to say") == 5
+    assert "+2.0" not in table
+
+
+def test_a_clear_difference_is_said_with_its_interval() -> None:
+    text = findings.paragraphs({"cifar10_main": invented("cifar10_main", gains, 5)})[0]
+    assert re.search(r"dpquant with the private probe less static: \+2\.\d\d \(\+1\.\d\d to \+2\.\d\d\)", text)
+    assert "dpquant with the private probe less static is better" in text
+    assert "less fixed at random (static) is" not in text
+
+
+def test_results_of_another_configuration_are_not_used(tmp_path: Path) -> None:
+    evidence = invented("digits_main", gains, 2)
+    lines = [dataclasses.replace(r, digest="0" * 16).to_json() for r in list(evidence.results.values())[:3]]
+    lines += [r.to_json() for r in list(evidence.results.values())[3:]]
+    (tmp_path / "digits_main.jsonl").write_text("\n".join(lines) + "\n")
+    found = load_all(tmp_path)
+    assert len(found["digits_main"].stale) == 3
+    assert any("3 results of an earlier configuration are not used" in said for said in findings.unfinished(found))
+
+
+def test_the_best_fixed_choice_is_judged_on_other_seeds() -> None:
+    def lucky(run: Any) -> float:
+        """One choice is best on the seeds that choose, another on those that judge."""
+        early = run.seed < 5
+        return 0.8 + 0.1 * (run.settings["schedule.layers"] == (["conv1", "fc1"] if early else ["fc1", "fc2"]))
+
+    subsets = invented("fashion_subsets", lucky, 10)
+    table = sweep_tables.best_static(invented("fashion_main", gains, 10), subsets, 4)
+    two = [line for line in table.splitlines() if line.startswith("| 2 of 4")]
+    assert two
+    assert all("conv1, fc1 | 80.0 ± 0.0" in line for line in two)
+
+
+def test_device_hours_count_time_shared_once() -> None:
+    runs = list(invented("digits_schedulers", gains, 3).results.values())[:3]
+    ends = (3600.0, 3700.0, 9000.0)  # the first two overlap
+    timed = [dataclasses.replace(r, wall_s=3600.0, ended_s=end) for r, end in zip(runs, ends, strict=True)]
+    assert results_page.busy_hours(timed) == f"{(3700 + 3600) / 3600:.2f}"
+    assert results_page.busy_hours(runs) == "-"
+
+
+def test_failures_are_told() -> None:
+    evidence = invented("digits_schedulers", gains, 3)
+    name = next(iter(evidence.results))
+    failed = dataclasses.replace(evidence.results[name], status="failed", error="MemoryError: no memory", accuracy=None)
+    said = findings.unfinished({"digits_schedulers": Evidence(
+        sweep=evidence.sweep, results={**evidence.results, name: failed}, stale=()
+    )})  # fmt: skip
+    assert any("1 runs failed: MemoryError: no memory" in line for line in said)
+
+
+def test_plots_show_interval_and_mean() -> None:
+    panel = plots.Panel(title="a < b", places=["0.5"], series={"static": {"0.5": sample([0.1, 0.2, 0.3])}})
+    svg = plots.dots([panel], "accuracy")
+    assert svg.count("<circle") == 2  # the dot and the legend's
+    assert 'stroke-width="1.4"' in svg
+    assert "a &lt; b" in svg
