@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.distributed import ALONE, Processes
-from dpquant.released import ReleasedMoments, combine, loss_impacts, weight_errors
+from dpquant.released import ReleasedMoments, combine, loss_impacts, squared_errors
 from dpquant.sensitivity import AnalysisSettings, Policy, loss_differences, release
 from dpquant.training_probe import release_aggregate, training_differences
 
@@ -107,7 +107,7 @@ def estimate(
     formats = {fmt for policy in policies.values() for fmt in policy.values()}
     impacts = {
         fmt: loss_impacts(
-            moments, weight_errors(module, fmt), noise_std=noise_std, expected_batch_size=expected_batch_size
+            moments, squared_errors(module, fmt), noise_std=noise_std, expected_batch_size=expected_batch_size
         )
         for fmt in formats
     }

@@ -1,7 +1,10 @@
 """Sensitivities from what is public already: the noisy gradients that training released, and the weights themselves.
 
-No private data is read, so this costs no budget: it is post-processing. It sees what quantizing a layer's weights does
-to the loss, to second order; what quantizing its activations and gradients does, it cannot see.
+No private data is read, so this costs no budget: it is post-processing. To second order, quantizing a layer moves the
+loss by half its Fisher information times the squared error of its weights; an equal relative error of its inputs does
+to the layer's output what that error of the weights would. The first-order term is left out: the average of the
+released gradients holds the very noise that moved the weights, so that its product with a function of those weights
+says more of the noise than of the loss (seen to rank layers backwards).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from emulation.errors import InputError
 from emulation.gemms import geometry
 from emulation.layers import quantizable_layers
 from emulation.precision import by_group, layer_precision
+
+_SAMPLE = 1 << 14  # normal numbers that stand in for a layer's inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class ReleasedMoments:
     square: Mapping[str, Tensor]
 
 
-def observe(past: ReleasedMoments | None, released: Mapping[str, Tensor], horizon: int = 200) -> ReleasedMoments:
+def observe(past: ReleasedMoments | None, released: Mapping[str, Tensor], horizon: int = 1000) -> ReleasedMoments:
     """The averages after one more release.
 
     Args:
@@ -55,8 +60,11 @@ def observe(past: ReleasedMoments | None, released: Mapping[str, Tensor], horizo
     )
 
 
-def weight_errors(module: nn.Module, format: Any) -> dict[str, Tensor]:
-    """What quantizing each layer's weight alone adds to it, by layer name; as the layer's forward quantizes it.
+def squared_errors(module: nn.Module, format: Any) -> dict[str, Tensor]:
+    """The squared error of each layer's weight that stands for quantizing the layer, by layer name.
+
+    What quantizing the weight adds to it, as the layer's forward does it, and the relative mean squared error of
+    quantizing inputs, for which normal numbers stand in: the inputs themselves are private.
 
     Args:
         module: a model that ``quantize_model`` has prepared.
@@ -64,30 +72,33 @@ def weight_errors(module: nn.Module, format: Any) -> dict[str, Tensor]:
     """
     precision = layer_precision(format)
     # stochastic rounding has no one error; the nearest value is where it goes on average
-    quantizer = replace(precision.weight, rounding="nearest_even")
+    weights, inputs = (replace(q, rounding="nearest_even") for q in (precision.weight, precision.input))
+    normal = torch.randn(1, _SAMPLE, generator=torch.Generator().manual_seed(0))
+    relative = float((inputs.fake_quantize(normal) - normal).square().sum() / normal.square().sum())
     errors = {}
     with torch.no_grad():
         for name, layer in quantizable_layers(module).items():
             weight = layer.get_parameter("weight")
             grouped = by_group(weight, geometry(layer)) if precision.blocks else weight
-            quantized = quantizer.fake_quantize(grouped, axis=2 if precision.blocks else 1).reshape(weight.shape)
-            errors[name] = quantized - weight
+            quantized = weights.fake_quantize(grouped, axis=2 if precision.blocks else 1).reshape(weight.shape)
+            errors[name] = (quantized - weight).square() + relative * weight.square()
     return errors
 
 
 def loss_impacts(
     moments: ReleasedMoments, errors: Mapping[str, Tensor], *, noise_std: float, expected_batch_size: int
 ) -> dict[str, float]:
-    """The expected change of the loss when each layer's weight moves by its quantization error, to second order.
+    """Half the sum of F times the squared error of each layer's weight: what quantizing the layer adds to the loss.
 
-    ``mean . e + 1/2 sum(F e^2)``, with F the diagonal of the empirical Fisher matrix of the clipped gradients. A
-    Poisson batch's mean gradient varies by F / expected_batch_size; what was released varies by that and by the
-    noise, whose variance is public and is taken off. Both terms are unbiased, so that a value may be negative where the
-    noise is larger than what there is to see.
+    F is the diagonal of the empirical Fisher matrix of the clipped gradients. A Poisson batch's mean gradient varies by
+    F / expected_batch_size; what was released varies by that and by the noise, whose variance is public and is taken
+    off. The estimate is unbiased for what is clipped, and may be negative where the noise is larger than what there is
+    to see: on d weights it is about noise_multiplier^2 / expected_batch_size * sqrt(2 d / steps) of the squared
+    clipping norm, which the layers' parts of it together cannot exceed.
 
     Args:
         moments: averages over at least two releases.
-        errors: layer name to its weight's error; the parameter is ``<layer>.weight``.
+        errors: layer name to the squared error of its weight; the parameter is ``<layer>.weight``.
         noise_std: standard deviation of the noise in each element of the mean gradients:
             noise_multiplier * max_grad_norm / expected_batch_size.
         expected_batch_size: of the training steps.
@@ -106,9 +117,8 @@ def loss_impacts(
         if parameter not in moments.mean:
             raise InputError(f"layer={name!r} has released no gradient of its weight", hint="is it frozen?")
         mean, square = moments.mean[parameter].double(), moments.square[parameter].double()
-        e = error.to(mean)
         variance = (square - mean**2) * (moments.steps / (moments.steps - 1)) - noise_std**2
-        impacts[name] = float((mean * e).sum() + 0.5 * expected_batch_size * (variance * e**2).sum())
+        impacts[name] = float(0.5 * expected_batch_size * (variance * error.to(mean)).sum())
     return impacts
 
 

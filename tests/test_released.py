@@ -1,11 +1,21 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from dpquant.released import ReleasedMoments, combine, loss_impacts, observe, weight_errors
+from dpquant.data import DataSettings, load_data
+from dpquant.engine import DPQuantEngine
+from dpquant.released import ReleasedMoments, combine, loss_impacts, observe, squared_errors
+from dpquant.sensitivity import AnalysisSettings, layer_policies, loss_differences
 from emulation.errors import InputError
 from emulation.gemms import geometry
 from emulation.layers import quantizable_layers, quantize_model, set_plan
+from emulation.precision import layer_precision
 
 
 def net():
@@ -31,15 +41,20 @@ def test_observing_averages_then_forgets():
 
 
 @pytest.mark.parametrize("fmt", ["luq_fp4", "fp8", "mxfp4", "nvfp4", "int8"])
-def test_weight_errors_are_those_of_the_layers_own_forward(fmt):
+def test_squared_errors_are_those_of_the_layers_own_forward_and_a_share_for_its_inputs(fmt):
     model = net()
-    errors = weight_errors(model, fmt)
+    errors = squared_errors(model, fmt)
+    shares = set()
     for name, layer in quantizable_layers(model).items():
         set_plan(model, {name: fmt})
         x = torch.zeros(1, *((2, 6, 6) if isinstance(layer, nn.Conv2d) else (128,)))
         _, quantized = layer.precision.output_operands(x, layer.weight, geometry(layer), lambda *_: None)
-        assert torch.equal(errors[name], (quantized - layer.weight).detach())
-        assert errors[name].abs().max() > 0
+        for_inputs = errors[name] - (quantized - layer.weight).detach().square()
+        share = for_inputs.sum() / layer.weight.detach().square().sum()
+        torch.testing.assert_close(for_inputs, share * layer.weight.detach().square(), rtol=1e-3, atol=1e-6)
+        shares.add(round(float(share), 6))
+    assert len(shares) == 1, "the same for all layers: nothing of their inputs is known"
+    assert 0 < shares.pop() < 0.05
 
 
 def test_a_wider_format_has_smaller_impacts():
@@ -50,22 +65,22 @@ def test_a_wider_format_has_smaller_impacts():
         draws = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
         moments = observe(moments, draws)
     found = {
-        fmt: loss_impacts(moments, weight_errors(model, fmt), noise_std=0.0, expected_batch_size=8)
+        fmt: loss_impacts(moments, squared_errors(model, fmt), noise_std=0.0, expected_batch_size=8)
         for fmt in ("luq_fp4", "fp8")
     }
     assert all(found["luq_fp4"][name] > 4 * found["fp8"][name] > 0 for name in quantizable_layers(model))
 
 
 def test_the_estimate_is_unbiased_for_a_quadratic_loss():
-    # per-example gradients g = m + s * z, Poisson batches, Gaussian noise: expected m.e + 1/2 sum((m^2 + s^2) e^2)
+    # per-example gradients g = m + s * z, Poisson batches, Gaussian noise: expected 1/2 sum((m^2 + s^2) e^2)
     generator = torch.Generator().manual_seed(2)
     width, batch, examples, noise = 6, 50, 1000, 0.05
     mean, spread = torch.linspace(-0.1, 0.1, width), torch.linspace(0.5, 1.5, width)
     gradients = mean + spread * torch.randn(examples, width, generator=generator)
-    error = {"l": torch.linspace(0.2, -0.3, width)}
-    e, fisher = error["l"].double(), (gradients.double() ** 2).mean(0)
+    error = {"l": torch.linspace(0.2, -0.3, width).square()}
+    fisher = (gradients.double() ** 2).mean(0)
     # Poisson sampling at rate q keeps a share 1 - q of the variance
-    expected = float((gradients.double().mean(0) * e).sum() + 0.5 * (1 - batch / examples) * (fisher * e**2).sum())
+    expected = float(0.5 * (1 - batch / examples) * (fisher * error["l"]).sum())
     found = []
     for _ in range(200):
         moments = None
@@ -106,3 +121,54 @@ def test_too_little_to_go_by_is_refused():
     two = ReleasedMoments(steps=2, mean=one.mean, square=one.square)
     with pytest.raises(InputError, match="layer='k'"):
         loss_impacts(two, {"k": torch.ones(1)}, noise_std=0.0, expected_batch_size=1)
+
+
+# --- whether it is any good
+
+
+def trained(seed):
+    """A small network with wide and narrow layers, privately trained: the engine, the module, its training data."""
+    torch.manual_seed(seed)
+    widths = (64, 128, 8, 64, 64, 16, 10)
+    module = nn.Sequential(
+        *(m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU()))
+    )[:-1]  # fmt: skip
+    x, y = (t[:1408] for t in load_data(DataSettings(name="digits", root=None, split=None)).train.tensors)
+    data = TensorDataset(x.flatten(1), y)
+    engine = DPQuantEngine(
+        hardware="h100", basis="peak", fraction=0.0, format="mxfp4", seed=seed, accountant="rdp",
+        analysis=AnalysisSettings(estimator="released"),
+    )  # fmt: skip
+    module, optimizer, criterion, loader = engine.make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.5), criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(data, batch_size=128), noise_multiplier=1.0, target_delta=1e-4, epochs=15,
+        max_grad_norm=1.0, sample_rate=1 / 11, expected_batch_size=128,
+    )  # fmt: skip
+    for _ in engine.epochs():
+        for inputs, labels in loader:
+            optimizer.zero_grad()
+            criterion(module(inputs), labels).backward()
+            optimizer.step()
+    return engine, module, data.tensors
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_it_ranks_layers_as_their_true_impact_does_and_the_first_order_term_does_not():
+    found, first_order = [], []
+    for seed in range(4):
+        engine, module, batch = trained(seed)
+        moments = engine._moments
+        for fmt in ("luq_fp4", "mxfp4", "nvfp4"):
+            policies = list(layer_policies(engine.workload.quantizable, [fmt]).values())
+            true = loss_differences(module, engine._losses, batch, policies).mean(0)
+            errors = squared_errors(module, fmt)
+            nearest = replace(layer_precision(fmt).weight, rounding="nearest_even")
+            released = loss_impacts(moments, errors, noise_std=1 / 128, expected_batch_size=128)
+            found.append(spearmanr(list(released.values()), true)[0])
+            weights = {n: module.get_parameter(f"{n}.weight").detach() for n in released}
+            quantized = {n: nearest.fake_quantize(w, axis=1) for n, w in weights.items()}
+            slopes = [float((moments.mean[f"{n}.weight"] * (quantized[n] - w)).sum()) for n, w in weights.items()]
+            first_order.append(spearmanr(slopes, true)[0])
+    print(f"rank correlation {np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})", np.mean(first_order))
+    assert np.mean(found) > 0.4
+    assert np.mean(first_order) < 0.1
