@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ import numpy.typing as npt
 from emulation.errors import InputError
 
 Bytes = npt.NDArray[np.uint8]
-_DAMAGED = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+_DAMAGED = (
+    OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
+    SyntaxError, tokenize.TokenError,  # numpy reads the header of an array as Python
+)  # fmt: skip
 
 
 def find_file(root: Path, *names: str) -> Path | None:

@@ -53,10 +53,16 @@ def _interpretation(found: Sequence[Row], best: int | None, workload: Workload) 
         f"{first}: {row.hardware} with {row.format}, {seconds(row.estimate.step_s)} a step, "
         f"{row.estimate.speedup:.2f}x over {seconds(row.estimate.baseline_s)} in full precision there"
     )
+    if row.estimate.speedup < 1:
+        text += ", which is faster"
     if slower:
         text += f"; {slower} of {len(found)} rows are slower than full precision (--explain says why)"
     if unmet := sum(r.reached is False for r in found):
         text += f"; {unmet} of {len(found)} miss the target speedup"
+    priced = [(usd, r) for r in found if r.fits and (usd := r.usd_per_million_examples) is not None]
+    if priced:
+        usd, cheapest = min(priced, key=lambda pair: pair[0])
+        text += f"; cheapest: {cheapest.hardware} with {cheapest.format}, ${usd:.3g} per million examples"
     if row.physical_batch_size < workload.batch_size:
         text += f"; the batch goes through memory {row.physical_batch_size} examples at a time"
     if not all(r.fits for r in found):

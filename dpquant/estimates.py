@@ -224,7 +224,8 @@ def explain(row: Row, profile: HardwareProfile, workload: Workload, asked: Asked
     if row.slower_layers:
         lines.append(
             f"{len(row.slower_layers)} of {len(row.plan)} layers are slower in {row.format} than in full precision "
-            f"(such as {row.slower_layers[0]}); without them the speedup is {row.max_speedup:.2f}x."
+            f"(such as {row.slower_layers[0]}); "
+            + (f"without them the speedup is {row.max_speedup:.2f}x." if row.max_speedup > 1 else "none is faster.")
         )
     changes = sorted(_changes(row, profile, workload, asked), reverse=True)
     if changes and changes[0][0] > 1.01:
@@ -273,7 +274,9 @@ def _changes(row: Row, profile: HardwareProfile, workload: Workload, asked: Aske
     if row.largest_batch is None or larger <= row.largest_batch:  # beyond it the passes repeat and nothing is gained
         yield gain(workload.at(larger)), f"a batch of {larger}"
     if row.slower_layers:
-        yield row.max_speedup / row.estimate.speedup, "quantizing only the layers that gain"
+        every = len(row.slower_layers) == len(row.plan)
+        change = "full precision for all layers" if every else "quantizing only the layers that gain"
+        yield row.max_speedup / row.estimate.speedup, change
 
 
 def check_targets(share: float | None, target_speedup: float | None) -> None:

@@ -297,8 +297,10 @@ def test_formats_ranks_on_data(capsys: Capture, tmp_path: Path) -> None:
     for content, error in ((np.array([1.0, np.nan]), "NaN"), (np.array(["a"]), "no array of numbers")):
         np.save(tmp_path / "x.npy", content)
         assert error in refused(capsys, "formats", "--data", str(tmp_path / "x.npy"))[0]
-    (tmp_path / "x.npy").write_bytes(b"no numbers")
-    assert "cannot be read" in refused(capsys, "formats", "--data", str(tmp_path / "x.npy"))[0]
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    for damaged in (b"no numbers", (tmp_path / "x.npy").read_bytes().replace(b"{", b"", 1)):
+        (tmp_path / "x.npy").write_bytes(damaged)
+        assert "cannot be read" in refused(capsys, "formats", "--data", str(tmp_path / "x.npy"))[0]
 
 
 def test_formats_compares_with_qtorch(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,6 +490,27 @@ def test_estimate_price_and_power(capsys: Capture) -> None:
     assert rows
     assert all(row["power_limit_w"] <= 400 for row in rows)
     assert [row["step_s"] for row in rows] == sorted(row["step_s"] for row in rows)
+
+
+def test_estimate_says_what_is_cheapest_and_when_full_precision_is_faster(capsys: Capture) -> None:
+    words = [*ESTIMATE, "--format", "nvfp4", "--price", "h100=1,b200=1000"]
+    out = " ".join(shown(capsys, *words).split())
+    assert "cheapest: h100 with nvfp4, $" in out
+    assert "in full precision there, which is faster" in out
+    assert "none is faster" in " ".join(shown(capsys, *words, "--explain").split())
+
+
+def test_estimate_memory_adds_up(capsys: Capture) -> None:
+    row = answer(capsys, *ESTIMATE, "--format", "fp8")["rows"][0]
+    assert sum(row["memory_parts"].values()) == pytest.approx(row["peak_memory_bytes"], abs=1)
+    assert row["step_low_s"] < row["step_s"] < row["step_high_s"]
+    assert main([*ESTIMATE, "--format", "fp8", "--by", "memory", "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    for hardware in ("h100", "b200"):
+        *parts, total = [float(r["bytes"]) for r in rows if r["hardware"] == hardware]
+        assert sum(parts) == pytest.approx(total)
+    out = shown(capsys, *ESTIMATE, "--format", "fp8", "--by", "memory")
+    assert "fits into" in out
 
 
 def test_estimate_own_model(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

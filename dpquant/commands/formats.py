@@ -227,8 +227,11 @@ def _npy(path: Path) -> Tensor:
         array = np.load(regular_file(path), allow_pickle=False)
     except FileNotFoundError:
         raise InputError("does not exist", file=path) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot be read as .npy ({str(error).splitlines()[0]})", file=path) from error
+    except InputError:
+        raise
+    except Exception as error:  # numpy reads a header as Python: damaged ones end in syntax, token and other errors
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"cannot be read as .npy ({line})", file=path) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.size == 0:
         raise InputError("holds no array of numbers", file=path, hint="save one with numpy.save")
     with np.errstate(over="ignore"):
