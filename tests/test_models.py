@@ -107,8 +107,8 @@ def test_opacus_hooks_find_every_example_gradient(name: str) -> None:
     [
         ("vit_small", {"depth": 2, "image_size": 8}, (3, 8, 8)),
         ("transformer", {"depth": 2, "length": 8, "vocabulary": 20}, (8,)),
-        ("resnet50", {}, (3, 32, 32)),
-        ("densenet121", {}, (3, 32, 32)),
+        pytest.param("resnet50", {}, (3, 32, 32), marks=pytest.mark.long),
+        pytest.param("densenet121", {}, (3, 32, 32), marks=pytest.mark.long),
     ],
 )
 def test_a_private_step_clips_the_gradients_that_hooks_materialise(name, options, shape, format) -> None:
