@@ -238,8 +238,9 @@ def _plan(
 
 
 def _means_a_run(path: Path) -> bool:
-    """A folder, or a name beside run folders that no configuration has."""
-    return path.is_dir() or (not path.exists() and not path.suffix and any(path.parent.glob("*/run.json")))
+    """A folder, or what names nothing, has a folder before it, and stands beside runs."""
+    misspelt = not path.exists() and not path.suffix and path.parent != Path()
+    return path.is_dir() or (misspelt and any(path.parent.glob("*/run.json")))
 
 
 def _spent(args: argparse.Namespace, out: Output) -> int:
