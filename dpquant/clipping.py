@@ -9,8 +9,7 @@ second backward of ghost clipping would bound the wrong vector.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,25 +38,6 @@ __all__ = [
 
 CLIPPINGS = ("bookkeeping", "hooks")
 _ROUNDINGS = 4  # of each example's part in the clipped sum, that C leaves room for: about 1 is seen
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Has products of float32 numbers be those, on any device: not of operands rounded to TF32 or bfloat16 first.
-
-    An example's norm and its part of the sum are two products of the same operands. Rounded apart, they would not be
-    of the same gradient. Forward and backward keep whatever precision they have.
-    """
-    backends: Any = torch.backends
-    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 def private_module(module: nn.Module, clipping: str = "bookkeeping") -> nn.Module:
@@ -99,8 +79,7 @@ def per_example_norms(tape: Tape) -> Tensor:
     Args:
         tape: after one backward of the summed loss.
     """
-    with exact_products():
-        return _norms(tape.combined())
+    return _norms(tape.combined())
 
 
 def _norms(contributions: list[Contribution]) -> Tensor:
@@ -124,8 +103,7 @@ def clipped_sums(tape: Tape, factors: Tensor) -> dict[nn.Parameter, Tensor]:
         tape: after one backward of the summed loss.
         factors: [B]; an example whose factor is 0 contributes zero even where its gradient is not finite.
     """
-    with exact_products():
-        return _weighted_sums(tape.combined(), factors, dropped=int((factors == 0).sum()))
+    return _weighted_sums(tape.combined(), factors, dropped=int((factors == 0).sum()))
 
 
 def _weighted_sums(contributions: list[Contribution], factors: Tensor, dropped: int) -> dict[nn.Parameter, Tensor]:
@@ -273,14 +251,13 @@ class PrivateOptimizer(DPOptimizer):
         contributions = [c for c in contributions if c.parameter in own]
         if not contributions or not contributions[0].batch_size:
             return {}, torch.zeros(0)
-        with exact_products():
-            norms = _norms(contributions)
-            factors = clip_factors(norms, self._bound)
-            if taken is not None:
-                return _weighted_sums(contributions, factors * taken, dropped=0), norms
-            dropped = int((~torch.isfinite(norms)).sum())
-            self.nonfinite_examples += dropped
-            return _weighted_sums(contributions, factors, dropped), norms
+        norms = _norms(contributions)
+        factors = clip_factors(norms, self._bound)
+        if taken is not None:
+            return _weighted_sums(contributions, factors * taken, dropped=0), norms
+        dropped = int((~torch.isfinite(norms)).sum())
+        self.nonfinite_examples += dropped
+        return _weighted_sums(contributions, factors, dropped), norms
 
     def _from_grad_samples(self) -> list[Contribution]:
         found: list[Contribution] = []

@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from emulation.gemms import WeightGradient, at_least_float32, gamma, squared_norm_bounds, zero_examples
+from emulation.gemms import (
+    WeightGradient,
+    at_least_float32,
+    exact_products,
+    gamma,
+    squared_norm_bounds,
+    zero_examples,
+)
 
 _PASSES = {True: 24, False: 128}  # multiply-adds in the time that one number is written and read twice: CPU, else
 
@@ -44,7 +51,8 @@ class DenseGradient:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B]."""
         values = at_least_float32(self.values.flatten(1))
-        return (factors.to(values.dtype) @ values).reshape(self.parameter.shape)
+        with exact_products():
+            return (factors.to(values.dtype) @ values).reshape(self.parameter.shape)
 
     def without(self, dropped: Tensor) -> DenseGradient:
         """The same with the marked examples' gradients zero."""

@@ -7,7 +7,10 @@ gradient of the loss with respect to y. Convolutions are the same three products
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from emulation import fused
 from emulation.codec import is_concrete
 
+TF32 = 2**-9 * 1.001  # how far off a product of two numbers is that are cut to ten mantissa bits first, relative
 _CHUNK = 256  # squares added in the operands' own precision; more are added in float64
 _UNFOLDED = {True: 1 << 22, False: 1 << 28}  # elements of unfolded inputs held at a time: CPU (in its caches), else
 
@@ -221,11 +225,23 @@ class WeightGradient:
         Where an example's positions cancel, rounding could make that sum too small. The most that it can amount to, in
         any order of addition and with underflow, is added: clipping by these norms never bounds too little. With K and
         O features it is at most (K + O + 6) u (sum of |x_t| |g_t|)^2, so relative T (K + O) u where positions are
-        unrelated; u is half the operands' machine epsilon.
+        unrelated; u is half the operands' machine epsilon. Where :meth:`weighted_sum` will cut its operands to TF32,
+        what an example can gain by that is added too: at most 2^-9 of sum of |x_t| |g_t|.
         """
-        return torch.cat([part._squared_norms() for part in self._parts()])
+        error = TF32 if self._in_tf32() else 0.0
+        with exact_products():
+            return torch.cat([part._squared_norms(error) for part in self._parts()])
 
-    def _squared_norms(self) -> Tensor:
+    def _in_tf32(self) -> bool:
+        """Whether the GEMM of :meth:`weighted_sum` cuts float32 operands to ten mantissa bits."""
+        if not self.x.is_cuda or self.x.dtype == torch.float64:
+            return False
+        backends: Any = torch.backends
+        backend = backends.cuda.matmul if self.conv is None or self.rows else backends.cudnn.conv
+        return bool(backend.fp32_precision == "tf32")
+
+    def _squared_norms(self, error: float) -> Tensor:
+        """``error``: of each product of two numbers in the sum that is to be bounded, relative."""
         n, conv = self.batch_size, self.conv
         if self.rows or conv is None:
             x, g = self.matrices()
@@ -235,7 +251,7 @@ class WeightGradient:
         x, g = at_least_float32(x), at_least_float32(g)
         if self.reduction == 1:
             bounds = squared_norm_bounds(x.flatten(1)) * squared_norm_bounds(g.flatten(1))
-            return bounds.reshape(n, -1).sum(1)
+            return bounds.reshape(n, -1).sum(1) * (1 + error) ** 2
         k, o, tiny = x.shape[2], g.shape[2], torch.finfo(x.dtype).tiny
         inputs, outputs = torch.bmm(x, x.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
         sizes = [_exceeds(m.diagonal(dim1=1, dim2=2), n_terms).sqrt() for m, n_terms in ((inputs, k), (outputs, o))]
@@ -243,7 +259,8 @@ class WeightGradient:
         rounding = gamma(k + o + 6, x.dtype) * pairs
         underflow = 4 * tiny * (o * sizes[0].sum(1).square() + k * sizes[1].sum(1).square() + self.reduction**2)
         total = inputs.mul_(outputs).sum((1, 2), dtype=torch.float64).clamp_min_(0)
-        return (total + rounding + underflow).reshape(n, -1).sum(1)
+        bounds = (total + rounding + underflow).sqrt() + error * pairs.sqrt()
+        return bounds.square().reshape(n, -1).sum(1)
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
@@ -275,11 +292,16 @@ class WeightGradient:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The sum of the examples' gradients, each times its factor, which multiplies what was quantized.
 
-        Half-precision operands are multiplied and added as float32.
+        Half-precision operands are multiplied and added as float32; float32 ones as they are, but on a GPU that was
+        told to cut them to TF32.
 
         Args:
             factors: [B].
         """
+        with nullcontext() if self._in_tf32() else exact_products():
+            return self._weighted_sum(factors)
+
+    def _weighted_sum(self, factors: Tensor) -> Tensor:
         inputs, outputs = at_least_float32(self.x), at_least_float32(self.grad_output)
         factors = factors.to(outputs.dtype)
         if self.rows:
@@ -300,6 +322,25 @@ class WeightGradient:
         if self.rows:
             dropped = dropped.repeat_interleave(self.groups)
         return replace(self, x=zero_examples(self.x, dropped), grad_output=zero_examples(self.grad_output, dropped))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Has products of float32 numbers be those, on any device: not of operands cut to TF32 or bfloat16 first.
+
+    An example's norm and its part of the sum are two products of the same operands: cut apart, they would not be of the
+    same gradient. Forward and backward keep whatever precision they have.
+    """
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:

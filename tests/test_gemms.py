@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,61 @@ def test_norms_are_never_below_the_exact_ones(
     assert ((bounds >= exact) | ~torch.isfinite(bounds)).all()
     if max(map(abs, scales)) < 10 and not cancelling:
         assert (bounds <= exact * (1 + (1e-10 if dtype == torch.float64 else 1e-2))).all()
+
+
+def cut(values: Tensor) -> Tensor:
+    """To TF32's ten mantissa bits, toward zero, as a matrix unit reads float32 numbers."""
+    return (values.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 2, 7, 40]), st.sampled_from([1, 5, 300]), st.booleans(), st.integers(0, 1000))
+def test_norms_bound_what_tf32_makes_of_the_operands(t: int, k: int, cancelling: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, g = torch.randn(4, t, k, generator=generator), torch.randn(4, t, 3, generator=generator)
+    if cancelling and t > 1:
+        x[:, 1::2], g[:, 1::2] = -x[:, : t - t % 2 : 2] * (1 + 1e-5), g[:, : t - t % 2 : 2]
+    gradient = WeightGradient(weight=torch.zeros(3, k), x=x, grad_output=g, conv=None)
+    factor = 0.37  # clips after the norms are known, and before the operands are cut
+    seen = dataclasses.replace(gradient, x=cut(x), grad_output=cut(factor * g))
+    assert (factor**2 * gradient._squared_norms(gemms.TF32) >= exact_squared_norms(seen) * (1 - 1e-6)).all()
+
+
+def test_tf32_is_seen_to_need_its_allowance() -> None:
+    x, g = torch.ones(1, 8, 64), torch.ones(1, 8, 64)
+    x[:, 1::2] = -(1 - 2.0**-12)  # nearly cancels, and cut to ten bits it cancels less
+    seen = WeightGradient(weight=torch.zeros(64, 64), x=cut(x), grad_output=g, conv=None)
+    given = dataclasses.replace(seen, x=x.double(), grad_output=g.double())
+    assert (given._squared_norms(0.0) < exact_squared_norms(seen)).all()
+    assert (given._squared_norms(gemms.TF32) >= exact_squared_norms(seen)).all()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3)])
+def test_products_for_clipping_are_of_whole_float32_numbers(
+    layer: nn.Linear | nn.Conv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    seen: list[list[str]] = []
+
+    def spied(name: str, of: object) -> None:
+        original = getattr(of, name)
+
+        def spy(*args: Any, **options: Any) -> Any:
+            seen.append([setting.fp32_precision for setting in settings])
+            return original(*args, **options)
+
+        monkeypatch.setattr(of, name, spy)
+
+    gradient, _ = operands(layer, torch.randn(2, 5, 3) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 5, 5))
+    for name, of in (("bmm", torch), ("grad_weight", gemms)):
+        spied(name, of)
+    gradient.squared_norms()
+    gradient.weighted_sum(torch.ones(2))
+    assert len(seen) == 3
+    assert set(map(tuple, seen)) == {("ieee",) * 4}
+    assert [setting.fp32_precision for setting in settings] == before
 
 
 @settings(max_examples=40, deadline=None)
