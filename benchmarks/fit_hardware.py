@@ -32,8 +32,8 @@ from hwmodels.calibration import (
 )
 from hwmodels.fit import GemmRows, errors, fit_kernel, fit_quantize, fit_rows, gemm_rows, predict
 from hwmodels.fit_power import PowerRows, fit_power
-from hwmodels.gemm import GemmRates, gemm_rates
-from hwmodels.power import board_power, moved_bytes
+from hwmodels.gemm import GemmRates, gemm_rates, kernel_seconds, quantize_seconds
+from hwmodels.power import board_joules, board_power, moved_bytes
 from hwmodels.profile import HardwareProfile, load_profile
 from hwmodels.profile_yaml import shipped_dir
 from hwmodels.validate import Measurement, predicted_seconds, read_measurements
@@ -125,7 +125,15 @@ def power_rows(data: Path, name: str, kernels: dict[str, KernelCalibration]) -> 
                 flops=np.array([2.0 * row.m * row.n * row.k for row in rows]),
                 moved=np.array([moved_bytes(row.m, row.n, row.k, kernels[kernel], rates) for row in rows]),
                 seconds=np.array([row.seconds for row in rows]),
+                predicted_s=np.array(
+                    [
+                        kernel_seconds(row.m, row.n, row.k, kernels[kernel], rates)
+                        + quantize_seconds(row.m * row.k, kernels[kernel], rates)
+                        for row in rows
+                    ]
+                ),
                 watts=np.array([row.power_w for row in rows]),
+                fixed_s=kernels[kernel].fixed_s,
             )
         )
     return found
@@ -148,8 +156,12 @@ def fit_device_power(data: Path, name: str, kernels: dict[str, KernelCalibration
     print(
         f"{name:13} power: {held.rows} rows of {measured}, held out: {held.held_out_mape_percent:.2f} % "
         f"(median {held.held_out_median_percent:.2f} %) | idle {found.idle_w:.0f} W, "
-        f"{found.joules_per_byte * 1e12:.0f} pJ/B, "
-        + ", ".join(f"{kernel} {value * 1e12:.3f} pJ/FLOP" for kernel, value in found.joules_per_flop.items()),
+        f"throttle {found.throttle:.2f}, "
+        + ", ".join(
+            f"{kernel} {asked.active_w:.0f} W, {asked.joules_per_byte * 1e12:.0f} pJ/B, "
+            f"{asked.joules_per_flop * 1e12:.3f} pJ/FLOP"
+            for kernel, asked in found.kernels.items()
+        ),
         flush=True,
     )
     return found
@@ -172,7 +184,7 @@ def show_energy(data: Path) -> None:
                 for row in chosen:
                     seconds = predicted_seconds(profile, row)
                     power.append(board_power(row.m, row.n, row.k, row.seconds, kernel, profile) / row.power_w - 1)
-                    joules = board_power(row.m, row.n, row.k, seconds, kernel, profile) * seconds
+                    joules = board_joules(row.m, row.n, row.k, seconds, kernel, profile)
                     energy.append(joules / (row.power_w * row.seconds) - 1)
                     time.append(seconds / row.seconds - 1)
                 shown = (

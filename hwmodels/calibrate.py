@@ -26,7 +26,7 @@ from hwmodels.calibration import (
 )
 from hwmodels.fit import FEWEST_ROWS, fit_kernel, fit_quantize, gemm_rows
 from hwmodels.fit_power import PowerRows, fit_power
-from hwmodels.gemm import GemmRates
+from hwmodels.gemm import GemmRates, kernel_seconds
 from hwmodels.nvml import PowerMeter, power_meter
 from hwmodels.power import moved_bytes
 from hwmodels.profile import HardwareProfile, check, list_profiles, load_profile, stored_bytes
@@ -346,8 +346,17 @@ def _energy(
         m_, n_, k_, seconds_, watts_ = np.array(found, dtype=float).T
         moved = [moved_bytes(int(m), int(n), int(k), kernels[kernel], rates, quantize=False) for m, n, k, _, _ in found]
         least = min(least, float(watts_.min()))
+        predicted = [kernel_seconds(m, n, k, kernels[kernel], rates) for m, n, k, _, _ in found]
         parts.append(
-            PowerRows(kernel=kernel, flops=2 * m_ * n_ * k_, moved=np.array(moved), seconds=seconds_, watts=watts_)
+            PowerRows(
+                kernel=kernel,
+                flops=2 * m_ * n_ * k_,
+                moved=np.array(moved),
+                seconds=seconds_,
+                predicted_s=np.array(predicted),
+                watts=watts_,
+                fixed_s=kernels[kernel].fixed_s,
+            )
         )
     # the thinnest product's watts bound idle power from above
     power = fit_power(parts, limit_w=limit_w, floor_w=least / 1.6, source=_source(machine))

@@ -106,21 +106,37 @@ class KernelCalibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelPower:
+    """What a kernel asks of the board beside idle power.
+
+    Attributes:
+        active_w: watts while it runs at all, its launch (``fixed_s``) aside.
+        joules_per_byte: of memory traffic.
+        joules_per_flop: of an operation.
+    """
+
+    active_w: float
+    joules_per_byte: float
+    joules_per_flop: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PowerCalibration:
     """The constants of the board's power, ``min(limit, idle + dynamic)``.
 
     Attributes:
         idle_w: board power of a kernel that hardly does anything.
-        joules_per_byte: of memory traffic.
-        joules_per_flop: kernel (a key of ``KERNELS``) -> energy of an operation.
         saturation: fraction of its limit that a board draws when the work asks for more.
+        throttle: exponent t of ``(power asked for / power drawn) ** t``, by which work lasts longer that goes on and on
+            and asks for more than the limit: clocks fall.
+        kernels: a key of ``KERNELS`` -> what that kernel asks for.
         fitted: errors are of power at the measured time.
     """
 
     idle_w: float
-    joules_per_byte: float
-    joules_per_flop: Mapping[str, float]
     saturation: float
+    throttle: float
+    kernels: Mapping[str, KernelPower]
     fitted: Fitted
 
 
@@ -192,9 +208,19 @@ _POWER_FIELDS = Fields(
     doc="board power: min(limit, idle + dynamic)",
     entries={
         "idle_w": Number(minimum=0.0, doc="of a kernel that hardly does anything"),
-        "joules_per_byte": Number(minimum=0.0, below=1e-6),
-        "joules_per_flop": Table(keys=tuple(KERNELS), value=Number(minimum=0.0, below=1e-6)),
         "saturation": Number(above=0.0, maximum=1.1, doc="fraction of the limit that a saturated board draws"),
+        "throttle": Number(minimum=0.0, maximum=1.0, doc="how far a saturated board slows down"),
+        "kernels": Table(
+            keys=tuple(KERNELS),
+            value=Fields(
+                entries={
+                    "active_w": Number(minimum=0.0),
+                    "joules_per_byte": Number(minimum=0.0, below=1e-6),
+                    "joules_per_flop": Number(minimum=0.0, below=1e-6),
+                }
+            ),
+            minimum=1,
+        ),
         "fitted": _FITTED,
     },
 )
@@ -290,7 +316,12 @@ def _correction_from(name: str, data: Mapping[str, Any]) -> Correction:
 def _power_from(data: Mapping[str, Any]) -> PowerCalibration:
     return PowerCalibration(
         **{key: float(data[key]) for key in _PLAIN_POWER},
-        joules_per_flop=MappingProxyType({kernel: float(value) for kernel, value in data["joules_per_flop"].items()}),
+        kernels=MappingProxyType(
+            {
+                name: KernelPower(**{field.name: float(kernel[field.name]) for field in fields(KernelPower)})
+                for name, kernel in data["kernels"].items()
+            }
+        ),
         fitted=Fitted(**data["fitted"]),
     )
 
@@ -302,9 +333,11 @@ def calibration_yaml(calibration: GemmCalibration) -> str:
         lines += [f"    {name}:", *("      " + line for line in _kernel_lines(kernel))]
     power = calibration.power
     if power is not None:
-        per_flop = ", ".join(f"{kernel}: {_number(value)}" for kernel, value in power.joules_per_flop.items())
-        lines += ["  power:", *(f"    {key}: {_number(getattr(power, key))}" for key in _PLAIN_POWER)]
-        lines += [f"    joules_per_flop: {{{per_flop}}}", f"    fitted: {_fitted_text(power.fitted)}"]
+        lines += ["  power:", *(f"    {key}: {_number(getattr(power, key))}" for key in _PLAIN_POWER), "    kernels:"]
+        for name, asked in power.kernels.items():
+            shown = ", ".join(f"{field.name}: {_number(getattr(asked, field.name))}" for field in fields(asked))
+            lines.append(f"      {name}: {{{shown}}}")
+        lines.append(f"    fitted: {_fitted_text(power.fitted)}")
     return "\n".join(lines) + "\n"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from emulation.errors import InputError
-from hwmodels.calibration import KERNELS, KernelCalibration, PowerCalibration
+from hwmodels.calibration import KERNELS, KernelCalibration, KernelPower, PowerCalibration
 from hwmodels.gemm import GemmRates, gemm_rates, kernel_of
 from hwmodels.profile import HardwareProfile
 
@@ -17,25 +19,21 @@ def moved_bytes(m: int, n: int, k: int, kernel: KernelCalibration, rates: GemmRa
     return per_activation * m * k + rates.operand_bytes * k * n + rates.output_bytes * m * n
 
 
-def capped_power(dynamic_j: float, seconds: float, limit_w: float, power: PowerCalibration) -> float:
-    """Watts of a board that spends ``dynamic_j`` on operations and bytes: ``min(limit, idle + dynamic)``."""
-    return min(power.saturation * limit_w, power.idle_w + dynamic_j / seconds)
-
-
-def joules_per_flop(kernel: str, power: PowerCalibration, profile: HardwareProfile) -> float:
-    """Energy of an operation of a kernel: fitted, else bfloat16's in inverse proportion to the peak rates.
+def kernel_power(kernel: str, power: PowerCalibration, profile: HardwareProfile) -> KernelPower:
+    """What a kernel asks for: as fitted, else as bfloat16, an operation in inverse proportion to the peak rates.
 
     The measured formats are roughly in that proportion.
 
     Raises:
         InputError: neither was fitted, or the chip has no rate for one of the formats.
     """
-    if kernel in power.joules_per_flop:
-        return power.joules_per_flop[kernel]
-    if "bfloat16" not in power.joules_per_flop:
-        raise InputError(f"kernel={kernel!r} has no fitted energy", hint="fitted: " + ", ".join(power.joules_per_flop))
+    if kernel in power.kernels:
+        return power.kernels[kernel]
+    if "bfloat16" not in power.kernels:
+        raise InputError(f"kernel={kernel!r} has no fitted energy", hint="fitted: " + ", ".join(power.kernels))
+    found = power.kernels["bfloat16"]
     ratio = profile.rate("bfloat16").peak_flops_per_s / profile.rate(KERNELS[kernel]).peak_flops_per_s
-    return power.joules_per_flop["bfloat16"] * ratio
+    return replace(found, joules_per_flop=found.joules_per_flop * ratio)
 
 
 def board_power(
@@ -46,12 +44,36 @@ def board_power(
     Raises:
         InputError: the profile has no fitted power.
     """
+    asked, cap, _ = _asked(m, n, k, seconds, kernel, profile, quantize)
+    return min(asked, cap)
+
+
+def board_joules(
+    m: int, n: int, k: int, seconds: float, kernel: str, profile: HardwareProfile, *, quantize: bool = True
+) -> float:
+    """Board energy of one of many products [m, k] x [k, n], back to back, that take ``seconds`` each while cool.
+
+    Where they ask for more power than the limit, the clocks fall and each lasts longer.
+
+    Raises:
+        InputError: the profile has no fitted power.
+    """
+    asked, cap, throttle = _asked(m, n, k, seconds, kernel, profile, quantize)
+    return min(asked, cap) * seconds * float(max(asked / cap, 1.0) ** throttle)
+
+
+def _asked(
+    m: int, n: int, k: int, seconds: float, kernel: str, profile: HardwareProfile, quantize: bool
+) -> tuple[float, float, float]:
+    """Watts asked for, most watts drawn, and the exponent of throttling."""
     calibration = profile.calibration
     if calibration is None or calibration.power is None or profile.power is None:
         raise InputError(f"{profile.name} has no fitted power")
-    rate = profile.rate(KERNELS[kernel])
+    power, rate = calibration.power, profile.rate(KERNELS[kernel])
     constants = calibration.kernels.get(kernel) or calibration.kernels[kernel_of(rate, calibration)]
     moved = moved_bytes(m, n, k, constants, gemm_rates(rate, profile), quantize=quantize)
-    dynamic_j = joules_per_flop(kernel, calibration.power, profile) * 2.0 * m * n * k
-    dynamic_j += calibration.power.joules_per_byte * moved
-    return capped_power(dynamic_j, seconds, profile.power.limit_w, calibration.power)
+    one = kernel_power(kernel, power, profile)
+    dynamic_j = one.joules_per_flop * 2.0 * m * n * k + one.joules_per_byte * moved
+    dynamic_j += one.active_w * max(seconds - constants.fixed_s, 0.0)
+    asked = power.idle_w + dynamic_j / seconds
+    return asked, power.saturation * profile.power.limit_w, power.throttle

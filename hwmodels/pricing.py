@@ -15,6 +15,7 @@ from emulation.formats import BlockFormat, get_format
 from hwmodels.dpsgd import demand
 from hwmodels.gemm import gemm_rates, kernel_of
 from hwmodels.gemm_arrays import Array, products_seconds
+from hwmodels.power import kernel_power
 from hwmodels.profile import Basis, FormatRate, HardwareProfile, stored_bytes
 from hwmodels.step import PHASE, PHASES, Demand, StepOptions
 from hwmodels.workload import Workload
@@ -91,9 +92,10 @@ class PriceList:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Power:
-    """Board power of a kernel: idle, joules per FLOP and per byte, and the limit."""
+    """Board power of a kernel: idle, beside that while it runs, joules per FLOP and per byte, and the limit."""
 
     idle_w: float
+    active_w: float
     limit_w: float
     per_flop: float
     per_byte: float
@@ -153,8 +155,11 @@ class Pricer:
             else:
                 taken, launch, band, outside = self._calibrated(rate)
             power = self._power(rate)
-            joules = power.joules(taken, power.per_flop * flops + power.per_byte * moved) if power else 0 * taken
             part, by_compute = taken - launch, compute_s >= memory_s
+            joules = np.zeros_like(taken)
+            if power:
+                dynamic = power.per_flop * flops + power.per_byte * moved + power.active_w * part
+                joules = power.joules(taken, dynamic)
             columns = np.stack([taken, part * by_compute, part * ~by_compute, launch, joules, outside])
             seconds, *cells = work.gathered(columns[:, work.product] * work.repeats)
             table = np.zeros((_ROWS, work.bytes.shape[1]))
@@ -205,8 +210,8 @@ class Pricer:
         power = self._power(self.baseline)
         table = np.zeros((_ROWS, len(once)))
         if power:
-            moved = power.per_byte * (cast_bytes + amax_bytes)
-            table[_JOULES] = power.joules(seconds, moved) + power.idle_w * fixed
+            dynamic = power.per_byte * (cast_bytes + amax_bytes) + power.active_w * seconds
+            table[_JOULES] = power.joules(seconds, dynamic) + power.idle_w * fixed
         table[PHASE["quantization"]] = seconds + fixed
         table[_BOUNDS.start + MEMORY], table[_BOUNDS.start + LAUNCH] = seconds, fixed
         table[_KERNELS] = launched + amaxes
@@ -236,7 +241,7 @@ class Pricer:
         power = self._power(self.baseline)
         if power:
             per_flop = (power.limit_w - power.idle_w) / self.profile.vector_flops_per_s
-            dynamic = power.per_byte * moved + per_flop * vector
+            dynamic = power.per_byte * moved + per_flop * vector + power.active_w * taken
             table[_JOULES] = power.joules(taken, dynamic).sum(0) + power.idle_w * fixed
         return table
 
@@ -251,20 +256,18 @@ class Pricer:
             dynamic = limit - idle
             return _Power(
                 idle_w=idle,
+                active_w=0.0,
                 limit_w=limit,
                 per_flop=dynamic / rate.peak_flops_per_s,
                 per_byte=MEMORY_SHARE_OF_POWER * dynamic / profile.memory.bandwidth_bytes_per_s,
             )
-        kernel = kernel_of(rate, profile.calibration)
-        per_flop = fitted.joules_per_flop.get(kernel)
-        if per_flop is None:  # not measured: in proportion to the rates, as the measured formats roughly are
-            reference = profile.rate("bfloat16").peak_flops_per_s
-            per_flop = fitted.joules_per_flop["bfloat16"] * reference / rate.peak_flops_per_s
+        asked = kernel_power(kernel_of(rate, profile.calibration), fitted, profile)
         return _Power(
             idle_w=fitted.idle_w,
+            active_w=asked.active_w,
             limit_w=fitted.saturation * limit,
-            per_flop=per_flop,
-            per_byte=fitted.joules_per_byte,
+            per_flop=asked.joules_per_flop,
+            per_byte=asked.joules_per_byte,
         )
 
 

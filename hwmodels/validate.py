@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from emulation.errors import InputError, regular_file, suggestion
 from hwmodels.calibration import KERNELS
 from hwmodels.gemm import gemm_rates, kernel_of, kernel_seconds, quantize_seconds
-from hwmodels.power import board_power
+from hwmodels.power import board_joules, board_power
 from hwmodels.profile import HardwareProfile
 
 COLUMNS = ("gemm_dtype", "m", "n", "k", "latency_us")
@@ -246,17 +246,17 @@ def _power_errors(
     for index in known:
         row, seconds = rows[index], predicted[index]
         watts.append(row.power_w or 0.0)
-        watts_predicted.append(_predicted_watts(profile, row, row.seconds))
+        watts_predicted.append(
+            board_power(row.m, row.n, row.k, row.seconds, row.gemm_dtype, profile, quantize=row.quantized)
+        )
         joules.append(watts[-1] * row.seconds)
-        joules_predicted.append(_predicted_watts(profile, row, seconds) * seconds)
+        joules_predicted.append(
+            board_joules(row.m, row.n, row.k, seconds, row.gemm_dtype, profile, quantize=row.quantized)
+        )
     return {
         "power_mape_percent": sum(_percent_off(watts_predicted, watts)) / len(known),
         "energy_mape_percent": sum(_percent_off(joules_predicted, joules)) / len(known),
     }
-
-
-def _predicted_watts(profile: HardwareProfile, row: Measurement, seconds: float) -> float:
-    return board_power(row.m, row.n, row.k, seconds, row.gemm_dtype, profile, quantize=row.quantized)
 
 
 def _percent_off(predicted: Sequence[float], measured: Sequence[float]) -> list[float]:

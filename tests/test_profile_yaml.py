@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulation.errors import InputError
@@ -177,6 +177,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), piece=PIECES, cuts=st.integers(1, 6))
 def test_no_file_ends_in_a_traceback(
     tmp_path_factory: pytest.TempPathFactory, seed: int, piece: str, cuts: int
