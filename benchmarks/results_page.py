@@ -11,11 +11,11 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from evidence import chips, findings, variance_tables
+from evidence import chips, findings, operand_tables, variance_tables
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
 from evidence.plots import Panel, dots
-from evidence.sweep_tables import TITLES, anchors, averages_table, best_static, section
+from evidence.sweep_tables import TITLES, anchors, averages_table, best_static, scheduler_averages, section
 
 from dpquant.statistics import Sample, sample
 from dpquant.sweep import shipped_sweeps
@@ -38,6 +38,9 @@ VARIANCE = (
     """Third, which operands do it, under DP-SGD: squared error of the mean clipped weight gradient over its square.
     Forward operands (weights, inputs) are rounded to nearest, output gradients stochastically (FP8: to nearest).""",
 )
+OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
+against full precision with only some operands quantized; last, what one scale per tensor would change beside a scale
+per example. Scales per tensor mix the examples of a batch, so that clipping bounds nothing: not to be used."""
 CHIPS = """Speedup of DP-SGD with all layers quantized over the chip's own full precision (bfloat16), by the
 [cost model](cost-model.md): `peak` takes the published rates, `calibrated` what was measured of kernels (there are no
 measurements of the MI355X). `pays from`: the first from which on it is 1.05x or more."""
@@ -80,6 +83,8 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
     """The page, and its plots by file name."""
     found = load_all() if folder is None else load_all(folder)
     plots = {f"{name}.svg": text for name, evidence in found.items() if (text := scheduler_plot(evidence))}
+    if text := differences_plot(found):
+        plots["differences.svg"] = text
     parts = [
         "# Results",
         "",
@@ -99,6 +104,7 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         "Each row is one comparison averaged over all budgets and fractions of a sweep; a seed's average is one value.",
         "",
+        *(["![Schedulers against a fixed random choice](results/differences.svg)", ""] * ("differences.svg" in plots)),
         averages_table(found),
     ]
     parts += _best(found)
@@ -129,6 +135,8 @@ def _variance() -> list[str]:
     tables = (variance_tables.law(), variance_tables.methods(), variance_tables.operands())
     for text, found in zip(VARIANCE, tables, strict=True):
         parts += ["", prose(text), "", found]
+    if found := operand_tables.operands():
+        parts += ["", prose(OPERANDS), "", found]
     return parts
 
 
@@ -201,6 +209,20 @@ def scheduler_plot(evidence: Evidence) -> str | None:
         panels.append(Panel(title=title, places=[f"{f:g}" for f in fractions], series=series))
     panels = [panel for panel in panels if panel.series]
     return dots(panels, "test accuracy, %; by share of layers quantized") if panels else None
+
+
+def differences_plot(found: Mapping[str, Evidence]) -> str | None:
+    """What each scheduler gains on a fixed random choice, a panel per sweep with enough seeds."""
+    panels = []
+    for name, evidence in found.items():
+        if not name.endswith(("_main", "_time")):
+            continue
+        averages = [value for said, value in scheduler_averages(evidence) if "static" in said]
+        names = ("pls", "dpquant, probe", "dpquant, released")
+        series = {n: {"": v} for n, v in zip(names, averages, strict=False) if v.low is not None}
+        if series:
+            panels.append(Panel(title=TITLES[name].removeprefix("Schedulers on "), places=[""], series=series))
+    return dots(panels, "points of test accuracy over static, a fixed random choice", zero=True) if panels else None
 
 
 def _series(settings: Settings) -> str:

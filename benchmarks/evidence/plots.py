@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from dpquant.statistics import Sample
 
 COLOURS = ("#57606a", "#b4450f", "#9a6700", "#0b5cad", "#1a7f37", "#8250df", "#cf222e")
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 270, 230, 44, 26, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 270, 246, 44, 42, 34
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def dots(panels: Sequence[Panel], unit: str, *, factor: float = 100.0, zero: boo
     margin = 0.06 * (high - low) or 1.0
     low, high = low - margin, high + margin
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-    width = _LEFT + _WIDTH * len(panels)
+    width = max(480, _LEFT + _WIDTH * len(panels))
     height = _HEIGHT + 18 * math.ceil(len(names) / 3)
 
     def y(value: float) -> float:
@@ -69,11 +69,10 @@ def dots(panels: Sequence[Panel], unit: str, *, factor: float = 100.0, zero: boo
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _panel(panel: Panel, names: Sequence[str], left: float, y: object, factor: float) -> list[str]:
-    assert callable(y)
+def _panel(panel: Panel, names: Sequence[str], left: float, y: Callable[[float], float], factor: float) -> list[str]:
     place_width = (_WIDTH - 16) / max(1, len(panel.places))
     parts = [
-        f'<text x="{left + _WIDTH / 2:.1f}" y="14" text-anchor="middle" font-weight="600">{escape(panel.title)}</text>'
+        f'<text x="{left + _WIDTH / 2:.1f}" y="32" text-anchor="middle" font-weight="600">{escape(panel.title)}</text>'
     ]
     for column, place in enumerate(panel.places):
         start = left + 8 + column * place_width

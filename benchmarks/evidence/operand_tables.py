@@ -1,0 +1,38 @@
+"""What benchmarks/operands.py saw: which operands cost accuracy, and scales per example beside scales per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dpquant.statistics import paired, sample
+
+from .files import RESULTS, lines
+from .markdown import difference, mean, table, verdict
+from .variance_tables import NAMES
+
+TASKS = {"fashion": "Fashion-MNIST", "digits": "the digits"}
+
+
+def accuracies(task: str) -> Mapping[tuple[str, str], Mapping[int, float]]:
+    """(format, operands) -> seed -> accuracy."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in lines(RESULTS / f"operands_{task}.jsonl"):
+        found.setdefault((row["format"], row["operands"]), {})[row["seed"]] = row["accuracy"]
+    return found
+
+
+def operands() -> str:
+    """Accuracy lost by each variant, and what scales per tensor would add; empty where nothing was trained."""
+    body = []
+    for task, name in TASKS.items():
+        found = accuracies(task)
+        full = found.get(("none", "none"), {})
+        for fmt in dict.fromkeys(fmt for fmt, _ in found if fmt != "none"):
+            cells = [
+                difference(paired(found.get((fmt, variant), {}), full)) for variant in ("forward", "backward", "both")
+            ]
+            tensor = paired(found.get((fmt, "both, per tensor"), {}), found.get((fmt, "both"), {}))
+            row = [name, NAMES.get(fmt, fmt), mean(sample(list(full.values()))), *cells]
+            body.append([*row, difference(tensor), verdict(tensor)])
+    titles = ["data", "format", "full precision, %", "forward only, points", "backward only", "both"]
+    return table([*titles, "per tensor less per example", ""], body, range(2, 7)) if body else ""
