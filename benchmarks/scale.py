@@ -4,17 +4,19 @@
     python benchmarks/scale.py --device cpu --devices 1 2 --model digits --batch-per-device 64
 
 Every number of devices is a `torchrun` of its own. The batch per device stays the same (`--global-batch` keeps the
-whole batch instead). Timed: whole steps, with sampling, gathering the batch, the ledger on disk, the all-reduce, noise
-and update; not timed: the first epochs and what is between epochs. Printed: examples/s and its ratio to one device,
-milliseconds per step, and the all-reduce of a step alone.
+whole batch instead). Timed: whole steps as `dpquant train` takes them, with sampling, gathering the batch, the ledger
+on disk, the all-reduce, noise and update; not timed: the first epochs, in which kernels are chosen and graphs captured,
+and what is between epochs. Printed: examples/s of the median epoch and its ratio to one device, milliseconds per step,
+and the all-reduce of a step alone. What NCCL may use is the environment's to say, such as `NCCL_NVLS_ENABLE=0` where
+NVLink multicast is not to be used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,32 +55,36 @@ def measure(args: argparse.Namespace, processes: Processes, ledger: Path) -> dic
     model = build_model(name, **options).to(args.device)
     schedule = {"scheduler": "static", "fraction": 1.0, "format": args.format} if args.format else {"scheduler": "full"}
     engine = DPQuantEngine(hardware="h200", basis="peak", seed=0, accountant="rdp", processes=processes, **schedule)
-    module, optimizer, criterion, loader = engine.make_private(
+    _, optimizer, _, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
         criterion=nn.CrossEntropyLoss(),
         data_loader=DataLoader(TensorDataset(images, labels), batch_size=batch),
         noise_multiplier=1.0,
+        sample_rate=1 / STEPS_PER_EPOCH,
+        expected_batch_size=batch,
         target_delta=1e-6,
         epochs=args.warmup + args.epochs,
         max_grad_norm=1.0,
         max_physical_batch_size=args.physical_batch,
+        cuda_graphs=not args.no_graphs,
     )
     if processes.first:
         ledger_file.create_ledger(ledger, "scale")
         engine.write_ahead(privacy.PrivacyLedger(), partial(ledger_file.append_event, ledger))
-    seconds = examples = steps = 0.0
+    seconds: list[float] = []  # of every timed epoch
+    examples: list[float] = []  # that this process took in it
     for epoch in engine.epochs():
-        timed = epoch.index >= args.warmup
-        started = _now(processes, args.device)
+        started, count = _now(processes, args.device), 0
         for x, y in loader:
             optimizer.zero_grad()
-            criterion(module(x), y).backward()
+            engine.backward(x, y)
             optimizer.step()
-            examples += len(y) * timed
-        seconds += (_now(processes, args.device) - started) * timed
-        steps += STEPS_PER_EPOCH * timed
-    (total,) = processes.sum([torch.tensor([examples], dtype=torch.float64)])
+            count += len(y)
+        if epoch.index >= args.warmup:
+            seconds.append(_now(processes, args.device) - started)
+            examples.append(count)
+    (totals,) = processes.sum([torch.tensor(examples, dtype=torch.float64)])
     gradients = [torch.zeros_like(p) for p in model.parameters()]
     processes.sum(gradients)
     started = _now(processes, args.device)
@@ -88,8 +94,8 @@ def measure(args: argparse.Namespace, processes: Processes, ledger: Path) -> dic
     return {
         "devices": processes.size,
         "batch": batch,
-        "examples_per_s": float(total) / seconds,
-        "step_ms": seconds / steps * 1e3,
+        "examples_per_s": statistics.median(n / s for n, s in zip(totals.tolist(), seconds, strict=True)),
+        "step_ms": statistics.median(seconds) / STEPS_PER_EPOCH * 1e3,
         "all_reduce_ms": reduce_s * 1e3,
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
@@ -114,13 +120,13 @@ def main() -> None:
     parser.add_argument("--batch-per-device", type=int, default=128)
     parser.add_argument("--global-batch", type=int, help="the whole batch instead, the same for all")
     parser.add_argument("--physical-batch", type=int, help="most examples of one pass")
-    parser.add_argument("--warmup", type=int, default=2, help=f"epochs of {STEPS_PER_EPOCH} steps that are not timed")
-    parser.add_argument("--epochs", type=int, default=5, help=f"epochs of {STEPS_PER_EPOCH} steps that are timed")
+    parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--warmup", type=int, default=4, help=f"epochs of {STEPS_PER_EPOCH} steps that are not timed")
+    parser.add_argument("--epochs", type=int, default=7, help=f"epochs of {STEPS_PER_EPOCH} steps that are timed")
     parser.add_argument("--out", help="JSON file")
     parser.add_argument("--worker", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    logging.getLogger("dpquant").setLevel(logging.ERROR)
     if args.worker is not None:
         with joined() as processes:
             found = measure(args, processes, Path(args.worker, f"{processes.size}.jsonl"))
