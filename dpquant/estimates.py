@@ -10,7 +10,7 @@ from emulation.errors import InputError
 from emulation.formats import get_format
 from hwmodels.cost import Estimate, StepModel
 from hwmodels.dpsgd import CLIPPINGS
-from hwmodels.memory import memory_parts, peak_memory_bytes
+from hwmodels.memory import footprint, memory_parts
 from hwmodels.planner import PrecisionPlan, fraction, gains
 from hwmodels.profile import HardwareProfile
 from hwmodels.workload import Workload
@@ -190,20 +190,9 @@ def _plan(model: StepModel, order: Sequence[str], gain: Mapping[str, float], nam
 
 def largest_batch(model: StepModel, plan: Mapping[str, str]) -> int | None:
     """The most examples of one pass that fit into the chip's memory: 0 for none, None where that is beyond 2^24."""
-    options = replace(model.options, physical_batch_size=None)
-    formats = model.plan_formats(plan)
-
-    def fits(batch_size: int) -> bool:
-        needed = peak_memory_bytes(model.workload.at(batch_size), formats, options)
-        return needed <= model.profile.memory.capacity_bytes
-
-    if fits(_BATCH_LIMIT):
-        return None
-    low, high = 0, _BATCH_LIMIT
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    needed = footprint(model.workload, model.plan_formats(plan), replace(model.options, physical_batch_size=None))
+    most = needed.most_examples(model.profile.memory.capacity_bytes)
+    return None if most >= _BATCH_LIMIT else most
 
 
 def fastest(found: Sequence[Row]) -> int | None:
