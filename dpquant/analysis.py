@@ -27,6 +27,7 @@ def probe(
     generator: torch.Generator,
     *,
     max_grad_norm: float,
+    max_physical_batch_size: int | None = None,
     processes: Processes = ALONE,
 ) -> Tensor:
     """One private analysis: every policy probed on a Poisson sample, and the noisy result, [P].
@@ -43,15 +44,17 @@ def probe(
         settings: of the analysis.
         generator: of the noise alone.
         max_grad_norm: of the steps of ``probe: training``.
+        max_physical_batch_size: the most examples in one forward; default: twice the expected size of the sample.
         processes: those that take part, all with the same arguments.
     """
     noise_multiplier = settings.noise_multiplier if processes.first else 0.0
+    size = max_physical_batch_size or 2 * settings.expected_batch_size  # in one, but for a freak sample
     if settings.probe == "training":
         own = processes.share(torch.arange(len(policies)))
         differences = training_differences(
             module,
             per_example_loss,
-            collate(sample),
+            lambda: map(collate, sample.split(size)),
             [policies[i] for i in own],
             steps=settings.probe_steps,
             learning_rate=settings.probe_learning_rate,
@@ -64,7 +67,7 @@ def probe(
         )
         return processes.broadcast(released)
     rows = [torch.zeros(0, len(policies), dtype=torch.float64)]
-    for part in processes.share(sample).split(2 * settings.expected_batch_size):  # in one, but for a freak sample
+    for part in processes.share(sample).split(size):
         if len(part):
             rows.append(loss_differences(module, per_example_loss, collate(part), policies))
     released = release(

@@ -105,7 +105,9 @@ SPECIFICATION = Fields(
             required=False,
             entries={
                 "interval": replace(_COUNT, doc="epochs between two analyses"),
-                "noise_multiplier": replace(_POSITIVE, doc="of the released loss differences"),
+                "noise_multiplier": Number(
+                    minimum=0, doc="of the released loss differences; 0 is no privacy", required=False
+                ),
                 "max_norm": replace(_POSITIVE, doc="norm each example's vector of loss differences is clipped to"),
                 "expected_batch_size": replace(_COUNT, doc="of the Poisson sample that is analysed"),
                 "decay": Number(minimum=0, below=1, doc="of the moving average over analyses", required=False),

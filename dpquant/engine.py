@@ -181,7 +181,7 @@ class DPQuantEngine:
             sample_rate: public probability of an example in a batch; default: batch size over number of examples.
             expected_batch_size: public divisor of the noisy sum; default: the loader's batch size.
             clipping: ``bookkeeping`` (one backward, exact) or ``hooks`` (per-example gradients materialised, slow).
-            max_physical_batch_size: process larger batches in parts of at most this size.
+            max_physical_batch_size: process larger batches, of steps and of analyses, in parts of at most this size.
             cuda_graphs: have :meth:`backward` replay CUDA graphs, where the module is on a GPU.
 
         Returns:
@@ -226,7 +226,7 @@ class DPQuantEngine:
         self._optimizer.processes = self.processes
         if self.scheduler == "dpquant" and self.analysis.estimator != "probe":
             self._optimizer.attach_step_hook(self._observe)
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm, self._max_physical_batch_size = max_grad_norm, max_physical_batch_size
         self._examples = len(data_loader.dataset)  # type: ignore[arg-type]
         self._plan: Mapping[str, str] = {}
         sampler = PoissonSampler(
@@ -518,6 +518,7 @@ class DPQuantEngine:
             self.analysis,
             stream(self._root, "analysis-noise", self.epoch),
             max_grad_norm=self._max_grad_norm,
+            max_physical_batch_size=self._max_physical_batch_size,
             processes=self.processes,
         )
         now = dict(zip(self.modelled.policies, released.tolist(), strict=True))

@@ -314,6 +314,11 @@ def _facts(config: RunConfig, engine: DPQuantEngine, model: nn.Module) -> RunFac
     event = engine.analysis_event(1) if analysed else None
     calibrated = engine.profile.calibration is not None
     notes = []
+    if config["training"]["dataset_size"] is None:
+        notes.append(
+            f"training.dataset_size is not declared: the number of training examples, {engine.dataset_size}, becomes "
+            "public"
+        )
     if engine.basis == "peak" and calibrated:
         notes.append(
             "planned on published peak rates, the usual kind of theoretical figure; "

@@ -7,7 +7,7 @@ sensitivity that the noise is made for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from emulation.layers import set_plan
 def training_differences(
     module: nn.Module,
     per_example_loss: Callable[[nn.Module, Any], Tensor],
-    batch: Any,
+    batches: Callable[[], Iterable[Any]],
     policies: Sequence[Policy],
     *,
     steps: int,
@@ -40,7 +40,8 @@ def training_differences(
     Args:
         module: a module that ``private_module`` prepared for book-keeping.
         per_example_loss: (module, batch) to losses of shape [B].
-        batch: the analysis sample.
+        batches: gives the analysis sample anew, in parts that fit into memory, each made when it is handed out: random
+            bits are keyed by the examples of the part that was made last.
         policies: P plans.
         steps: R, gradient steps under each policy.
         learning_rate: of those steps.
@@ -69,19 +70,23 @@ def training_differences(
         set_plan(module, plan)
         module.train()
         for _ in range(steps):
-            losses = per_example_loss(module, batch)
-            if not len(losses):
-                break
-            losses.sum().backward()
-            factors = clipping.clip_factors(clipping.per_example_norms(tape), max_grad_norm)
-            sums = clipping.clipped_sums(tape, factors)
-            tape.clear()
+            totals: dict[nn.Parameter, Tensor] = {}
+            for batch in batches():
+                losses = per_example_loss(module, batch)
+                if not len(losses):
+                    continue
+                losses.sum().backward()
+                factors = clipping.clip_factors(clipping.per_example_norms(tape), max_grad_norm)
+                for p, part in clipping.clipped_sums(tape, factors).items():
+                    totals[p] = totals[p] + part if p in totals else part
+                tape.clear()
             with torch.no_grad():
-                for p, total in sums.items():
+                for p, total in totals.items():
                     p.sub_(total.to(p.dtype), alpha=learning_rate / expected_batch_size)
         module.eval()
         with torch.no_grad():
-            return per_example_loss(module, batch).sum().to("cpu", torch.float64) / expected_batch_size
+            losses_after = [per_example_loss(module, batch).sum().to("cpu", torch.float64) for batch in batches()]
+        return torch.stack(losses_after).sum() / expected_batch_size
 
     with undisturbed(module):
         try:

@@ -320,14 +320,27 @@ def test_without_a_seed_every_run_is_another() -> None:
     assert not torch.equal(ends[0], ends[1])
 
 
-def test_virtual_batches_change_nothing() -> None:
-    ends = []
+@pytest.mark.parametrize("probe", ["forward", "training"])
+def test_virtual_batches_change_nothing_analyses_included(probe: Any) -> None:
+    ends, released, sizes = [], [], []
     for part in (None, 5):
-        e = engine(scheduler="pls", fraction=1.0)
+        e = engine(
+            scheduler="dpquant",
+            fraction=1.0,
+            analysis=AnalysisSettings(expected_batch_size=24, probe=probe, interval=1),
+        )
         module = network()
-        run(e, private(e, module, max_physical_batch_size=part, epochs=1))
+        parts = private(e, module, max_physical_batch_size=part, epochs=2, noise_multiplier=0.1)
+        seen: list[int] = []
+        module[0].register_forward_pre_hook(lambda layer, inputs, seen=seen: seen.append(len(inputs[0])))
+        released.append([list((epoch.sensitivities or {}).values()) for epoch in run(e, parts)])
         ends.append(weights(module))
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+        sizes.append(max(seen))
+        assert e.ledger.steps("analysis") == 2
+        assert e.ledger.steps("training") == 2 * e.steps_per_epoch
+    assert sizes[1] <= 5 < sizes[0]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(released[0]), torch.tensor(released[1]), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # Opacus's hook on the first layer

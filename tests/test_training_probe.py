@@ -59,8 +59,11 @@ def test_differences_are_those_of_clipped_gradient_steps_from_the_same_weights(n
     batch = examples(12)
     expected = [by_hand(net, batch, policy) - by_hand(net, batch, {}) for policy in POLICIES]
     module = clipping.private_module(net)
-    found = training_differences(module, per_example, batch, POLICIES, **OPTIONS)
+    found = training_differences(module, per_example, lambda: [batch], POLICIES, **OPTIONS)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    parts = [[t[:3] for t in batch], [t[3:] for t in batch]]
+    in_parts = training_differences(module, per_example, lambda: parts, POLICIES, **OPTIONS)
+    assert in_parts.tolist() == pytest.approx(found.tolist(), abs=1e-6)
     assert found[2] == 0
     assert found[:2].abs().min() > 1e-5
 
@@ -97,9 +100,9 @@ def test_it_leaves_no_trace(net, fails):
     before, random_state = state(), torch.get_rng_state()
     if fails:
         with pytest.raises(RuntimeError, match="out of memory"):
-            training_differences(module, loss, examples(8), POLICIES, **OPTIONS)
+            training_differences(module, loss, lambda: [examples(8)], POLICIES, **OPTIONS)
     else:
-        training_differences(module, loss, examples(8), POLICIES, **OPTIONS)
+        training_differences(module, loss, lambda: [examples(8)], POLICIES, **OPTIONS)
     after = state()
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert before[1:] == after[1:]
@@ -107,13 +110,15 @@ def test_it_leaves_no_trace(net, fails):
 
 
 def test_an_empty_sample_shows_no_difference(net):
-    found = training_differences(clipping.private_module(net), per_example, examples(0), POLICIES, **OPTIONS)
+    found = training_differences(clipping.private_module(net), per_example, lambda: [examples(0)], POLICIES, **OPTIONS)
     assert found.tolist() == [0.0] * 3
 
 
 def test_hooks_are_refused(net):
     with pytest.raises(InputError, match="needs clipping='bookkeeping'"):
-        training_differences(clipping.private_module(net, "hooks"), per_example, examples(2), POLICIES, **OPTIONS)
+        training_differences(
+            clipping.private_module(net, "hooks"), per_example, lambda: [examples(2)], POLICIES, **OPTIONS
+        )
 
 
 VECTOR = st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=3, max_size=3)
