@@ -16,7 +16,7 @@ import torch
 
 from dpquant import ledger_file
 from dpquant.config import load_config
-from dpquant.rundir import EpochRecord, RunFolder, load_run
+from dpquant.rundir import EpochRecord, RunFolder, load_checkpoint, load_run
 from dpquant.train import Training, evaluate, prepare, train
 from emulation.errors import InputError
 
@@ -54,16 +54,24 @@ def timeless(records: tuple[EpochRecord, ...]) -> list[EpochRecord]:
 
 def state(folder: Path) -> tuple[dict[str, Any], list[EpochRecord], str]:
     """All that a finished run leaves, but for how long things took."""
-    from dpquant.rundir import load_checkpoint
-
     checkpoint = load_checkpoint(folder / "checkpoint.pt")
     ledger = ledger_file.read_ledger(folder / "ledger.jsonl").to_json_lines()
     return checkpoint, timeless(load_run(folder).records), ledger
 
 
 def same(a: tuple[dict[str, Any], list[EpochRecord], str], b: tuple[dict[str, Any], list[EpochRecord], str]) -> bool:
-    weights = all(torch.equal(a[0]["model"][k], b[0]["model"][k]) for k in a[0]["model"])
-    return weights and a[0]["engine"] == b[0]["engine"] and a[1:] == b[1:]
+    return equal(a[0], b[0]) and a[1:] == b[1:]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Plain data and tensors, to the bit: weights, the optimizer's state, the engine's."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +119,32 @@ def test_a_run_that_stops_inside_an_epoch_ends_the_same(tmp_path: Path, undistur
     assert ledger_file.read_ledger(folder.ledger_path).steps("training") == 20  # to the end of the epoch, in one write
     _finish(folder.path)
     assert same(state(folder.path), state(undisturbed))
+
+
+def test_a_run_with_a_ladder_adamw_and_a_target_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """What else a checkpoint must hold: the optimizer's moments, averages of releases, and the modelled seconds."""
+    text = (
+        CONFIG.replace("format: luq_fp4", "format: [fp8, nvfp4]")
+        .replace("epochs: 4", "epochs: 3, optimizer: adamw, weight_decay: 0.01")
+        .replace("learning_rate: 0.5", "learning_rate: 0.005")
+        .replace("fraction: 0.5", "target_speedup: 1.03")
+        .replace("interval: 2", "interval: 2, estimator: both")
+    )
+    training, folder = start(tmp_path, "whole", text)
+    with folder:
+        whole = list(train(training, folder))
+    assert {fmt for record in whole for fmt in record.quantized.values()} <= {"fp8", "nvfp4"}
+    assert all(len(record.sensitivities or {}) == 2 * len(training.facts.layers) for record in whole)
+    steps_s = sum(record.steps * record.baseline_step_s / record.speedup for record in whole)
+    reached = sum(record.steps * record.baseline_step_s for record in whole) / steps_s
+    assert 1 <= reached / 1.03 < 1.01
+    training, stopped = start(tmp_path, "stopped", text)
+    with stopped:
+        next(train(training, stopped))
+    _finish(stopped.path)
+    assert same(state(stopped.path), state(folder.path))
+    moments = load_checkpoint(stopped.path / "checkpoint.pt")["optimizer"]["state"]
+    assert all(values[key].dtype == torch.float32 for values in moments.values() for key in ("exp_avg", "exp_avg_sq"))
 
 
 def _stop_after(step: Any, count: int) -> Any:
