@@ -26,7 +26,7 @@ from dpquant.clipping import (
     private_module,
 )
 from emulation.errors import InputError
-from emulation.layers import LayerPrecision, quantizable_layers, quantize_model, set_plan, set_rounding
+from emulation.layers import PRESETS, LayerPrecision, quantizable_layers, quantize_model, set_plan, set_rounding
 from emulation.quantizer import Quantizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -203,11 +203,51 @@ def test_layers_are_switched_between_steps() -> None:
 # --------------------------------------------------------------------------------------------------------- independence
 
 
-def others(plan: object, outlier: float, clipping: str, guard: bool = True) -> tuple[float, float, bool]:
+class Tokens(nn.Module):
+    """An embedding that is also the output's weight, layers over tokens, and normalisation by the root mean square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 16)
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.RMSNorm(16), nn.LayerNorm(16))
+        self.out = nn.Linear(16, 5)
+        self.out.weight = self.embed.weight  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(self.embed(x)).mean(1))  # type: ignore[no-any-return]
+
+
+def signals() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(3, 8, 3, padding=1), nn.InstanceNorm1d(8, affine=True), nn.ReLU(), nn.Conv1d(8, 4, 3, stride=2),
+        nn.Flatten(), nn.Linear(124, 5),
+    )  # fmt: skip
+
+
+def volumes() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv3d(4, 4, 3, groups=2), nn.Flatten(),
+        nn.Linear(32, 5),
+    )  # fmt: skip
+
+
+OTHER_NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "signals": (signals, lambda x: x.flatten(2)),
+    "volumes": (volumes, lambda x: x.reshape(-1, 3, 4, 4, 4)),
+    "tokens": (Tokens, lambda x: (x[:, 0, :, 0] * 10).long() % 5),
+}
+
+
+def others(
+    plan: object, outlier: float, clipping: str, guard: bool = True, name: str | None = None
+) -> tuple[float, float, bool]:
     """By one more example: (shift of 12 others' clipped sum, of the whole sum, both over C; any bit of the others)."""
-    net = network().float()
+    make, shaped = OTHER_NETWORKS[name] if name else (network, lambda x: x)
+    torch.manual_seed(0)
+    net = quantize_model(make()).float()
     x, y = data(13, seed=7, dtype=torch.float32)
     x[12] *= outlier
+    x = shaped(x)
     switch(net, plan)
     found = []
     for n in (13, 12):
@@ -282,6 +322,16 @@ def test_tf32_does_not_loosen_the_bound(monkeypatch: pytest.MonkeyPatch) -> None
     moves = moved_in_float32("cuda")
     assert 0.95 < min(moves) <= max(moves) <= 1
     assert backends.cudnn.conv.fp32_precision == backends.cuda.matmul.fp32_precision == "tf32", "and is left as it was"
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+@pytest.mark.parametrize("outlier", [1.0, 30.0])
+@pytest.mark.parametrize("plan", [None, *PRESETS, POW2], ids=name_of)
+def test_one_example_more_moves_the_sum_of_any_layers_by_at_most_c(plan: object, outlier: float, name: str) -> None:
+    for clipping in ("bookkeeping", "hooks") if name != "tokens" else ("bookkeeping",):  # Opacus has no tied weights
+        common, whole, _ = others(plan, outlier, clipping, name=name)
+        assert common < 1e-3
+        assert whole < 1.001
 
 
 @pytest.mark.parametrize("outlier", [1.0, 30.0])
