@@ -15,7 +15,7 @@ from evidence import chips, findings, operand_tables, variance_tables
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
 from evidence.plots import Panel, dots
-from evidence.sweep_tables import TITLES, anchors, averages_table, best_static, scheduler_averages, section
+from evidence.sweep_tables import TITLES, anchors, averages_table, best_static, probe_table, scheduler_averages, section
 
 from dpquant.statistics import Sample, sample
 from dpquant.sweep import shipped_sweeps
@@ -38,6 +38,8 @@ VARIANCE = (
     """Third, which operands do it, under DP-SGD: squared error of the mean clipped weight gradient over its square.
     Forward operands (weights, inputs) are rounded to nearest, output gradients stochastically (FP8: to nearest).""",
 )
+PROBES = """What the private probe takes of the budget: the noise multiplier of training without it and with it, and
+dpquant's accuracy with the probe less with the free estimate, averaged over fractions."""
 OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
 against full precision with only some operands quantized; last, what one scale per tensor would change beside a scale
 per example. Scales per tensor mix the examples of a batch, so that clipping bounds nothing: not to be used."""
@@ -107,6 +109,8 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         *(["![Schedulers against a fixed random choice](results/differences.svg)", ""] * ("differences.svg" in plots)),
         averages_table(found),
     ]
+    if table_of_probes := probe_table(found):
+        parts += ["", prose(PROBES), "", table_of_probes]
     parts += _best(found)
     for title, names in GROUPS:
         present = [name for name in names if name in found]

@@ -33,13 +33,15 @@ class Evidence:
     results: Mapping[str, SweepResult]
     stale: tuple[str, ...]
 
+    def finished(self, settings: Settings) -> list[SweepResult]:
+        """A point's runs that are done."""
+        key = point_key(settings)
+        own = [self.results[run.name] for run in self.sweep.runs if run.name in self.results]
+        return [result for result in own if result.done and point_key(result.settings) == key]
+
     def accuracies(self, settings: Settings) -> Accuracies:
         """Seed -> test accuracy after the last epoch of a point's finished runs."""
-        key = point_key(settings)
-        found = [
-            self.results[r.name] for r in self.sweep.runs if r.name in self.results and point_key(r.settings) == key
-        ]
-        return {result.seed: result.accuracy for result in found if result.done and result.accuracy is not None}
+        return {r.seed: r.accuracy for r in self.finished(settings) if r.accuracy is not None}
 
     def points(self, **wanted: Any) -> list[Settings]:
         """The points whose settings have these values, named by the last part of their keys."""

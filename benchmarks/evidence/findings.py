@@ -9,7 +9,7 @@ from dpquant.statistics import Sample, sample
 from . import chips, variance_tables
 from .files import Evidence, average
 from .markdown import difference, interval, verdict
-from .sweep_tables import PUBLISHED, TITLES, scheduler_averages
+from .sweep_tables import PUBLISHED, TITLES, probe_costs, scheduler_averages
 
 DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits"}
 
@@ -41,6 +41,13 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
             f"On {data}, in points of test accuracy averaged over all budgets and fractions: {shown}. "
             + (f"So {'; '.join(clear)}." if clear else "None of these differences is shown to be other than zero.")
         )
+    for name, epsilon, free, paid, cost in probe_costs(found):
+        if cost.sign:
+            said.append(
+                f"The private probe has a price: on {DATA[name.split('_')[0]]} at epsilon {epsilon:g} its share of the "
+                f"budget raises the noise multiplier from {free:.2f} to {paid:.2f}, and against the free estimate from "
+                f"released gradients accuracy changes by {difference(cost)} points."
+            )
     return " ".join(said)
 
 
@@ -66,7 +73,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 lost = _against_full(evidence, scheduler="static", fraction=fraction)
                 if lost.low is not None:
                     share = f"{100 * fraction:.0f} %" if fraction < 1 else "all"
-                    said.append(f"{DATA[key]}, {share} of the layers in LUQ-FP4: {difference(lost)} points.")
+                    said.append(f"On {DATA[key]}, {share} of the layers in LUQ-FP4: {difference(lost)} points.")
         elif kind == "formats":
             costs = []
             for settings in evidence.points(scheduler="static", fraction=1.0):
@@ -74,7 +81,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 if lost.low is not None:
                     costs.append(f"{settings['format']} {difference(lost)}")
             if costs:
-                said.append(f"{DATA[key]}, all layers, by format: {'; '.join(costs)}.")
+                said.append(f"On {DATA[key]}, all layers, by format: {'; '.join(costs)}.")
     said.append(variance_tables.sentence())
     return " ".join(part for part in said if part)
 

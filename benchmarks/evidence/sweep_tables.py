@@ -79,7 +79,7 @@ def section(name: str, evidence: Evidence, plot: str | None) -> str:
     parts.append(
         f"{done} of {planned} runs ({seeds} seeds)"
         + (f"; all with {', '.join(shared)}" if shared else "")
-        + f". A row again: `{command(name, evidence)} --only` and its first column."
+        + f". `{command(name, evidence)}` trains them; a row alone: `--only` and its first column."
     )
     if plot:
         parts += ["", f"![{TITLES.get(name, name)}]({plot})"]
@@ -207,6 +207,32 @@ def scheduler_averages(evidence: Evidence) -> Iterator[tuple[str, Sample]]:
                 pairs.append((here, there))
         if pairs:
             yield said, average(evidence, pairs)
+
+
+def probe_costs(found: Mapping[str, Evidence]) -> Iterator[tuple[str, float, float, float, Sample]]:
+    """Sweep, epsilon, noise multiplier without and with the analyses, and probe less released in accuracy."""
+    for name, evidence in found.items():
+        if not {"schedule.scheduler", "analysis.estimator", "privacy.target_epsilon"} <= set(evidence.sweep.keys):
+            continue
+        for epsilon in dict.fromkeys(p["privacy.target_epsilon"] for p in evidence.sweep.points.values()):
+            probed = evidence.points(scheduler="dpquant", estimator="probe", target_epsilon=epsilon)
+            pairs = [(p, {**p, "analysis.estimator": "released"}) for p in probed]
+            noise = [
+                {r.noise_multiplier for p in part for r in evidence.finished(p) if r.noise_multiplier is not None}
+                for part in ([there for _, there in pairs], probed)
+            ]
+            if all(noise) and pairs:
+                yield name, epsilon, max(noise[0]), max(noise[1]), average(evidence, pairs)
+
+
+def probe_table(found: Mapping[str, Evidence]) -> str:
+    """What the private probe takes of the budget, and what that costs; empty where nothing was trained."""
+    rows = [
+        [TITLES.get(name, name), f"{epsilon:g}", f"{free:.3f}", f"{paid:.3f}", difference(cost), verdict(cost)]
+        for name, epsilon, free, paid, cost in probe_costs(found)
+    ]
+    titles = ["sweep", "epsilon", "noise multiplier, no probe", "with probes", "probe less released, points", ""]
+    return table(titles, rows, right=range(1, 5)) if rows else ""
 
 
 def averages_table(found: Mapping[str, Evidence]) -> str:
