@@ -87,7 +87,8 @@ def quantize_blocks(
         return False
     if x.device.type == "cpu":
         return native.quantize_blocks(x, out, form, block_form, key, shape, size, units)
-    if size > _WIDEST_BLOCK or not has_triton(x.device):
+    keys_within_lines = key is not None and key.dim() > 0 and shape[0] % len(key) != 0
+    if size > _WIDEST_BLOCK or keys_within_lines or not has_triton(x.device):
         return False
     from emulation import quantize_triton
 
