@@ -61,8 +61,9 @@ def climb(
     saved: dict[str, dict[str, float]] = {}
     taken: dict[str, str] = {}
     timed: dict[str, str] = {}
+    spent = expense(model, timed, objective)
     for layer, fmt in order:
-        if expense(model, timed, objective) <= budget:
+        if spent <= budget:
             break
         if fmt not in saved:
             saved[fmt] = gains(model, format_names(profile, fmt)[0], objective)
@@ -70,6 +71,7 @@ def climb(
         if saved[fmt][layer] > (saved[taken[layer]][layer] if layer in taken else 0.0):
             taken = {name: f for name, f in taken.items() if name != layer} | {layer: fmt}
             timed |= canonical
+            spent = expense(model, timed, objective)
     for layer in reversed(taken):
         fewer = {name: fmt for name, fmt in timed.items() if name != layer}
         if expense(model, fewer, objective) <= budget:
