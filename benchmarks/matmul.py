@@ -14,6 +14,7 @@ import datetime
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -264,13 +265,27 @@ def memory() -> None:
     fmt = get_format("float8_e4m3fn")
     a, b = draw(fmt, (n, n), "normal", rng), draw(fmt, (n, n), "normal", rng)
     matmul(a[:64], b)  # what is loaded and compiled once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, peak, done = _resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     start = time.perf_counter()
     matmul(a, b)
     took = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    above = (peak - before) / 2**20  # KiB
-    print(f"hopper float8_e4m3fn {n}^3: {took:.1f} s, {n**3 / took:.2e}/s, peak {above:.2f} GiB above the start")
+    done.set()
+    watcher.join()
+    above = (peak - before) / 2**30
+    print(f"hopper float8_e4m3fn {n}^3: {took:.1f} s, {n**3 / took:.2e}/s, {above:.2f} GiB beyond the operands at most")
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> int:
