@@ -9,7 +9,7 @@ from dpquant.estimates import fitting_model
 from dpquant.render import Column, Output, Table, joules, number, percent, seconds, speedup
 from hwmodels import explore
 from hwmodels.cost import checked_basis
-from hwmodels.paper import paper_step
+from hwmodels.paper import PUBLISHED, PUBLISHED_FRACTION, implied_overhead, paper_step
 from hwmodels.profile import HardwareProfile
 from hwmodels.workload import Workload
 
@@ -144,6 +144,11 @@ def paper(workload: Workload, pairs: Pairs, options: Mapping[str, Any], share: f
         )
         out.note(
             "Quantization is free in it, and FP4 four times as fast: an upper bound, not a forecast. Times in seconds."
+        )
+        shares = " and ".join(f"{implied_overhead(x, PUBLISHED_FRACTION):.1%} (for {x}x)" for x in PUBLISHED)
+        out.note(
+            f"The published figures follow from p = {PUBLISHED_FRACTION} where overhead and analyses take {shares} of "
+            "T_train."
         )
     return 0
 

@@ -95,7 +95,7 @@ def calibrate(
         InputError: no such device, or nothing could be measured in the budget.
     """
     chosen = _device(device)
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), measure.waiting()
     machine = _machine(chosen, base, progress)
     available = measure.kernels_of(chosen)
     notes = [f"{kernel}: not measured ({why})" for kernel, why in available.items() if why is not None]
@@ -107,6 +107,7 @@ def calibrate(
     for index, kernel in enumerate(kernels):
         until = begin + budget_s * (0.15 + 0.75 * (index + 1) / len(kernels))
         measurements += _timed(kernel, machine, begin, until, budget_s, progress)
+    notes += _busy(*(now - then for now, then in zip(measure.waiting(), before, strict=True)))
     machine = replace(machine, peaks=_highest(machine.peaks, measurements))
     found, rows = _fitted(machine, kernels, measurements, progress)
     power = None
@@ -131,6 +132,17 @@ def measurements_csv(measurements: Sequence[Measurement]) -> str:
         passes = "included" if row.quantized else "excluded"
         lines.append(f"{row.gemm_dtype},{row.m},{row.n},{row.k},{row.seconds * 1e6:.4f},{watts},{passes}")
     return "\n".join(lines) + "\n"
+
+
+def _busy(ran_s: float, waited_s: float) -> list[str]:
+    """What to say where other work took the processor while times were measured."""
+    share = waited_s / max(ran_s + waited_s, 1e-9)
+    if share < 0.1:
+        return []
+    return [
+        f"the machine was busy: {share:.0%} of the time went by waiting for a processor; measure again when it is "
+        "idle, or with fewer threads (OMP_NUM_THREADS=1)"
+    ]
 
 
 def _device(name: str | None) -> torch.device:

@@ -13,6 +13,8 @@ from emulation.errors import InputError
 from hwmodels.cost import StepModel
 from hwmodels.step import PHASES
 
+PUBLISHED_FRACTION, PUBLISHED = 0.9, (2.21, 1.75)
+"""The share of layers and the speedups that the formula was published with."""
 PRODUCT_PHASES = ("forward", "grad_input", "weight_gradient", "second_backward")
 """What the formula speeds up; every other phase is its T_overhead."""
 

@@ -179,3 +179,12 @@ def test_this_machines_gpu_becomes_a_profile(tmp_path: Path) -> None:
     assert "bfloat16" in profile.calibration.kernels
     for row in found.rows:
         assert row["rank_correlation"] > 0.9
+
+
+def test_a_busy_machine_is_said() -> None:
+    assert calibrating._busy(1.0, 0.05) == []
+    assert calibrating._busy(0.0, 0.0) == []
+    assert "50%" in calibrating._busy(1.0, 1.0)[0]
+    ran, waited = measure.waiting()
+    assert min(ran, waited) >= 0.0
+    assert measure.waiting()[0] >= ran
