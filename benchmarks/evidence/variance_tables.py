@@ -107,7 +107,8 @@ def sentence() -> str:
     return (
         f"Why: unbiased rounding's variance grows with about the square of the largest magnitude on the uniform grid "
         f"(exponent {_ci(uniform)}), not on LUQ's logarithmic one ({_ci(peak)}). In LUQ-FP4 it is the forward "
-        f"operands, rounded to nearest, that do the harm: the gradient's squared error is {_ci(luq)} times that of quantizing the "
+        "operands, rounded to nearest, that do the harm: the gradient's squared error is "
+        f"{_ci(luq)} times that of quantizing the "
         f"output gradients alone. After {last_step()} steps of DP-SGD the examples' gradients are {_ci(norm)} times as "
         f"long as after as many of SGD, and the mean gradient's relative error over all formats is {_ci(private)} "
         "times SGD's."
