@@ -535,6 +535,7 @@ def test_privacy_of_a_plan(capsys: Capture) -> None:
     assert plan["analysis"]["steps"] > 0
     assert plan["target_epsilon"] - 0.2 < plan["epsilon"] <= plan["target_epsilon"]
     assert plan["epsilon_analysis_alone"] < plan["epsilon_training_alone"] < plan["epsilon"]
+    assert plan["epsilon_training_alone"] + plan["epsilon_analysis_added"] == pytest.approx(plan["epsilon"])
     out = shown(capsys, "privacy", "digits", "--accountant", "rdp", "--noise-multiplier", "1")
     assert "adding or removing one example" in " ".join(out.split())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.json(answer)
         return 0
     out.table(_table(answer))
+    if plan.analysis_steps:
+        out.note(_added(answer))
     target = "" if plan.target_epsilon is None else f", within the target of {plan.target_epsilon:g}"
     out.note(
         f"The run is ({answer['epsilon']:.4g}, {plan.delta:g})-differentially private{target}, for neighbouring data "
@@ -87,8 +90,9 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     def spent(ledger: PrivacyLedger) -> float:
         return epsilon(ledger, plan.delta, plan.accountant)
 
+    together, alone = spent(whole), spent(training)
     return {
-        "epsilon": spent(whole),
+        "epsilon": together,
         "delta": plan.delta,
         "accountant": plan.accountant,
         "noise_multiplier": plan.training.noise_multiplier,
@@ -102,9 +106,20 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         "neighbouring": plan.training.neighbouring,
         "sampling": "poisson",
         "target_epsilon": plan.target_epsilon,
-        "epsilon_training_alone": spent(training),
+        "epsilon_training_alone": alone,
         "epsilon_analysis_alone": spent(analysis),
+        "epsilon_analysis_added": _difference(together, alone),
     }
+
+
+def _difference(together: float, alone: float) -> float:
+    """What the analyses add; zero where they come free, and also where nothing is private anyway."""
+    return max(0.0, together - alone) if together < math.inf else 0.0
+
+
+def _added(answer: dict[str, Any]) -> str:
+    share = answer["epsilon_analysis_added"] / answer["epsilon"] if answer["epsilon"] else 0.0
+    return f"The analyses add {answer['epsilon_analysis_added']:.3g} to epsilon, {percent(share)} of it."
 
 
 def _table(answer: dict[str, Any]) -> Table:
@@ -254,14 +269,17 @@ def _spent(args: argparse.Namespace, out: Output) -> int:
     ledger = read_ledger(run.path / "ledger.jsonl", run.run_id)
     delta = facts.delta if args.delta is None else args.delta
     accountant: Any = args.accountant or facts.accountant
-    rows = []
+    rows: list[dict[str, Any]] = []
     for mechanism in ("training", "analysis"):
         part = PrivacyLedger(events=tuple(e for e in ledger.events if e.mechanism == mechanism))
         rows.append({"what": mechanism, "steps": ledger.steps(mechanism), "epsilon": epsilon(part, delta, accountant)})
     whole = epsilon(ledger, delta, accountant)
+    added = _difference(whole, rows[0]["epsilon"])
     rows.append({"what": "together", "steps": sum(e.steps for e in ledger.events), "epsilon": whole})
     if out.form == "json":
         answer = {"epsilon": whole, "delta": delta, "accountant": accountant, "target_epsilon": facts.target_epsilon}
+        planned = {"steps": facts.steps, "analyses": facts.analyses}
+        answer |= {"epsilon_analysis_added": added, "planned": planned}
         out.json(answer | {"events": [vars(event) for event in ledger.events]})
         return 0
     columns = [
@@ -271,6 +289,11 @@ def _spent(args: argparse.Namespace, out: Output) -> int:
     ]
     out.table(Table(columns=columns, rows=rows, breaks=frozenset({1})))
     left = f", {percent(whole / facts.target_epsilon)} of its target" if facts.target_epsilon else ""
-    out.note(f"{run.path} has spent epsilon {whole:.4g} at delta {delta:g}{left}.")
+    done = f"{ledger.steps('training')} of {facts.steps} planned steps"
+    if facts.analyses:
+        done += f" and {ledger.steps('analysis')} of {facts.analyses} analyses"
+    out.note(f"{run.path} has spent epsilon {whole:.4g} at delta {delta:g}{left}, on {done}.")
+    if facts.analyses:
+        out.note(_added({"epsilon": whole, "epsilon_analysis_added": added}))
     out.note("The ledger is written before noise is drawn: it never says less than was spent.")
     return 0
