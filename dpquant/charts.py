@@ -86,7 +86,7 @@ def sensitivity_shades(run: Run) -> Shades | None:
     low, high = min(released), max(released)
 
     def shade(layer: str, epoch: int) -> float | None:
-        value = (run.records[epoch].sensitivities or {}).get(layer)
+        value = run.records[epoch].sensitivity(layer)
         if value is None or not math.isfinite(value):
             return None
         return (value - low) / (high - low) if high > low else 0.5

@@ -159,8 +159,8 @@ def schedule_map(facts: RunFacts, records: Sequence[EpochRecord], width: int = 8
     """
     names = [_cut(name, _NAME_WIDTH) for name in facts.layers]
     label = max(map(len, names), default=0)
-    sensitivities = next((r.sensitivities for r in reversed(records) if r.sensitivities), None)
-    room = max(10, width - label - 2 - 7 - (14 if sensitivities else 0))
+    released = next((r for r in reversed(records) if r.sensitivities), None)
+    room = max(10, width - label - 2 - 7 - (14 if released else 0))
     groups = _groups(len(records), room)
     lines = []
     for name, shown in zip(facts.layers, names, strict=True):
@@ -170,14 +170,15 @@ def schedule_map(facts: RunFacts, records: Sequence[EpochRecord], width: int = 8
             cells += _SHADES[math.ceil(share * (len(_SHADES) - 1))] if end - start > 1 else _cell(share)
         often = sum(name in r.quantized for r in records) / len(records)
         line = f"{shown:<{label}}  {cells}  {100 * often:>4.0f}%"
-        if sensitivities:
-            line += f"  {sensitivities.get(name, math.nan):>11.3g}"
+        if released:
+            known = released.sensitivity(name)
+            line += f"  {math.nan if known is None else known:>11.3g}"
         lines.append(line)
     head = f"{'':<{label}}  {_axis(groups, records)}  often"
     key = f"{_QUANTIZED} quantized ({facts.format}), {_FULL} not"
     if groups and groups[0][1] - groups[0][0] > 1:
         key += f"; a column is {groups[0][1] - groups[0][0]} epochs"
-    return [head + ("  sensitivity" if sensitivities else ""), *lines, key]
+    return [head + ("  sensitivity" if released else ""), *lines, key]
 
 
 def _cell(share: float) -> str:

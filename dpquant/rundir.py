@@ -66,7 +66,7 @@ class EpochRecord:
     speedup_calibrated: float | None = None
     """The same plan on the calibrated basis, where the profile has a calibration."""
     sensitivities: Mapping[str, float] | None = None
-    """The released (and smoothed) sensitivities that the schedule used, by layer."""
+    """The released (and smoothed) sensitivities that the schedule used, by layer; in a ladder by ``layer:format``."""
     train_loss: float | None = None
     train_accuracy: float | None = None
     test_loss: float | None = None
@@ -78,6 +78,14 @@ class EpochRecord:
     """Examples whose gradient was not finite and therefore contributed zero."""
     wall_s: float = 0.0
     analysis_wall_s: float = 0.0
+
+    def sensitivity(self, layer: str) -> float | None:
+        """The released sensitivity of a layer: in a ladder, in the format it was quantized to, or else the largest."""
+        released = self.sensitivities or {}
+        for name in (layer, f"{layer}:{self.quantized.get(layer)}"):
+            if name in released:
+                return released[name]
+        return max((value for name, value in released.items() if name.startswith(f"{layer}:")), default=None)
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` reads back to an equal record."""

@@ -308,3 +308,12 @@ def test_what_a_killed_process_had_begun_to_write_goes_on_resume(tmp_path: Path)
     with RunFolder.resume(tmp_path / "run"):
         assert not any(path.exists() for path in begun)
         assert all(path.exists() for path in kept)
+
+
+def test_a_layers_sensitivity_in_a_ladder_is_that_of_its_format() -> None:
+    plain = dataclasses.replace(record(1), quantized={"a": "fp8"}, sensitivities={"a": 1.0, "a.b": 9.0})
+    assert [plain.sensitivity(layer) for layer in ("a", "a.b", "c")] == [1.0, 9.0, None]
+    released = {"a:fp8": 1.0, "a:nvfp4": 2.0, "b:fp8": 3.0, "b:nvfp4": 4.0, "a.b:fp8": 9.0}
+    ladder = dataclasses.replace(record(1), quantized={"a": "fp8"}, sensitivities=released)
+    assert [ladder.sensitivity(layer) for layer in ("a", "b")] == [1.0, 4.0]
+    assert dataclasses.replace(record(1), sensitivities=None).sensitivity("a") is None
