@@ -104,7 +104,7 @@ def pair(
     planned = train.prepare(config)
     if mechanism == "analysis" and not planned.engine.analyses_planned:
         raise InputError(
-            f"scheduler={planned.engine.scheduler!r} makes no analyses", hint="audit the training mechanism"
+            f"scheduler={planned.engine.goal.scheduler!r} makes no analyses", hint="audit the training mechanism"
         )
     engine = planned.engine
     batch = engine.expected_batch_size if mechanism == "training" else engine.analysis.expected_batch_size

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dpquant import allocator, privacy, schedule, sensitivity
+from dpquant import allocator, privacy, sensitivity
 from dpquant import analysis as analyses
 from dpquant import clipping as clip
 from dpquant.distributed import ALONE, Processes
+from dpquant.goal import Goal
 from dpquant.graphs import GraphedBackward
 from dpquant.modelled import ModelledRun
 from dpquant.public_numbers import public_numbers
@@ -105,17 +106,13 @@ class DPQuantEngine:
         root: int | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        if scheduler not in schedule.SCHEDULERS:
-            raise InputError(f"unknown scheduler={scheduler!r}", hint=suggestion(scheduler, schedule.SCHEDULERS))
-        if scheduler != "full" and sum(goal is not None for goal in (target_speedup, fraction, layers)) != 1:
-            hint = "target_speedup=1.5, or fraction=0.9"
-            raise InputError("give one of target_speedup, fraction and layers", hint=hint)
-        if layers is not None and scheduler not in ("full", "static"):
-            raise InputError(f"layers is for scheduler='static', and scheduler={scheduler!r} draws its own")
-        if target_speedup is not None and not (math.isfinite(target_speedup) and target_speedup >= 1):
-            raise InputError(f"target_speedup={target_speedup} must be at least 1")
-        if fraction is not None and not 0 <= fraction <= 1:
-            raise InputError(f"fraction={fraction} must be between 0 and 1")
+        self.goal = Goal(
+            scheduler=scheduler,
+            target_speedup=target_speedup,
+            fraction=fraction,
+            layers=None if layers is None else tuple(layers),
+            beta=beta,
+        )
         if accumulate not in ACCUMULATIONS:
             raise InputError(f"unknown accumulate={accumulate!r}", hint=suggestion(accumulate, ACCUMULATIONS))
         self.profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
@@ -129,9 +126,6 @@ class DPQuantEngine:
         self.formats = (format,) if isinstance(format, str) else tuple(dict.fromkeys(format))
         if not self.formats:
             raise InputError("format=[] holds no format", hint="such as 'nvfp4', or ['fp8', 'nvfp4']")
-        self.scheduler, self.beta = scheduler, beta
-        self.target_speedup, self.fraction = target_speedup, fraction
-        self.layers = None if layers is None else tuple(layers)
         self.analysis = analysis or sensitivity.AnalysisSettings()
         self.accountant = accountant
         self.keep_freed_memory = keep_freed_memory
@@ -224,7 +218,7 @@ class DPQuantEngine:
         )
         self._optimizer.before_noise = self._before_noise
         self._optimizer.processes = self.processes
-        if self.scheduler == "dpquant" and self.analysis.estimator != "probe":
+        if self.goal.scheduler == "dpquant" and self.analysis.estimator != "probe":
             self._optimizer.attach_step_hook(self._observe)
         self._max_grad_norm, self._max_physical_batch_size = max_grad_norm, max_physical_batch_size
         self._examples = len(data_loader.dataset)  # type: ignore[arg-type]
@@ -290,17 +284,7 @@ class DPQuantEngine:
         )
         self.workload = self.modelled.workload
         self.reach = self.modelled.reach()
-        for name in self.layers or ():
-            if name not in self.workload.quantizable:
-                hint = suggestion(name, self.workload.quantizable)
-                raise InputError(f"layers={name!r} is no layer that can be quantized", hint=hint)
-        target = self.target_speedup
-        if target is not None and self.scheduler != "full" and target > self.reach.max_speedup:
-            raise InputError(
-                f"target speedup {target}x is out of reach on {self.profile.name} with {self.format}: "
-                f"at most {self.reach.max_speedup:.2f}x",
-                hint=f"lower the target, or compare chips and formats with `dpquant estimate` ({self.basis} basis)",
-            )
+        self.goal.check(self.modelled, self.reach)
 
     def _plan_noise(self, target_epsilon: float | None, noise_multiplier: float | None) -> None:
         """Solves for the noise of training with every planned analysis composed in."""
@@ -379,21 +363,11 @@ class DPQuantEngine:
         return privacy.epsilon(self.ledger, self.delta if delta is None else delta, self.accountant)
 
     def _draw(self, end: int) -> planner.PrecisionPlan:
-        if self.layers is not None and self.scheduler == "static":
-            return planner.PrecisionPlan(formats=dict.fromkeys(self.layers, self.formats[0]))
-        order = schedule.draw_order(
-            self.scheduler,
-            tuple(self.modelled.policies),
-            sensitivities=self.sensitivities,
-            beta=self.beta,
+        return self.goal.plan(
+            self.modelled,
+            self.sensitivities,
             epoch=self.epoch,
             seed=stream_seed(self._root, "schedule"),
-        )
-        if self.target_speedup is None:
-            return self.modelled.fraction(order, self.fraction or 0.0)
-        return self.modelled.meet(
-            order,
-            self.target_speedup,
             steps=end,
             steps_done=self.step,
             seconds_done=math.fsum(self._seconds),
@@ -444,7 +418,7 @@ class DPQuantEngine:
     # --- details
 
     def _due(self, epoch: int) -> bool:
-        probes = self.scheduler == "dpquant" and self.analysis.estimator != "released"
+        probes = self.goal.scheduler == "dpquant" and self.analysis.estimator != "released"
         return probes and epoch % self.analysis.interval == 0
 
     def _repeats_to_the_bit(self) -> bool:

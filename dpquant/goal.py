@@ -1,0 +1,102 @@
+"""What a run's schedule is to reach, and how it draws the layers of an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dpquant import schedule
+from dpquant.modelled import ModelledRun
+from emulation.errors import InputError, suggestion
+from hwmodels import planner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A scheduler, and one of a target speedup, a share of the layers, and named layers.
+
+    Attributes:
+        scheduler: ``full``, ``static``, ``pls`` or ``dpquant``.
+        target_speedup: modelled speedup of the whole run.
+        fraction: share of the quantizable layers.
+        layers: their names, for ``static``.
+        beta: how strongly ``dpquant`` prefers insensitive layers.
+
+    Raises:
+        InputError: a value out of range, or not one goal.
+    """
+
+    scheduler: str
+    target_speedup: float | None = None
+    fraction: float | None = None
+    layers: tuple[str, ...] | None = None
+    beta: float = 200.0
+
+    def __post_init__(self) -> None:
+        scheduler, target, fraction = self.scheduler, self.target_speedup, self.fraction
+        if scheduler not in schedule.SCHEDULERS:
+            raise InputError(f"unknown scheduler={scheduler!r}", hint=suggestion(scheduler, schedule.SCHEDULERS))
+        if scheduler != "full" and sum(goal is not None for goal in (target, fraction, self.layers)) != 1:
+            hint = "target_speedup=1.5, or fraction=0.9"
+            raise InputError("give one of target_speedup, fraction and layers", hint=hint)
+        if self.layers is not None and scheduler not in ("full", "static"):
+            raise InputError(f"layers is for scheduler='static', and scheduler={scheduler!r} draws its own")
+        if target is not None and not (math.isfinite(target) and target >= 1):
+            raise InputError(f"target_speedup={target} must be at least 1")
+        if fraction is not None and not 0 <= fraction <= 1:
+            raise InputError(f"fraction={fraction} must be between 0 and 1")
+
+    def check(self, modelled: ModelledRun, reach: planner.Reach) -> None:
+        """Refuses layers that cannot be quantized, and a target that no plan can meet.
+
+        Raises:
+            InputError: with the nearest layer, or what can be reached.
+        """
+        for name in self.layers or ():
+            if name not in modelled.workload.quantizable:
+                hint = suggestion(name, modelled.workload.quantizable)
+                raise InputError(f"layers={name!r} is no layer that can be quantized", hint=hint)
+        target = self.target_speedup
+        if target is not None and self.scheduler != "full" and target > reach.max_speedup:
+            raise InputError(
+                f"target speedup {target}x is out of reach on {modelled.profile.name} with "
+                f"{'+'.join(modelled.formats)}: at most {reach.max_speedup:.2f}x",
+                hint=f"lower the target, or compare chips and formats with `dpquant estimate` ({modelled.basis} basis)",
+            )
+
+    def plan(
+        self,
+        modelled: ModelledRun,
+        sensitivities: Mapping[str, float] | None,
+        *,
+        epoch: int,
+        seed: int,
+        steps: int,
+        steps_done: int,
+        seconds_done: float,
+    ) -> planner.PrecisionPlan:
+        """The layers of one epoch: post-processing of released sensitivities.
+
+        Args:
+            modelled: the run on its chip.
+            sensitivities: by the names of its policies; None: nothing was released.
+            epoch: from 0.
+            seed: of the run's schedule.
+            steps: taken when the epoch ends.
+            steps_done: taken when it starts.
+            seconds_done: modelled seconds of those, analyses not included.
+        """
+        if self.layers is not None and self.scheduler == "static":
+            return planner.PrecisionPlan(formats=dict.fromkeys(self.layers, modelled.formats[0]))
+        order = schedule.draw_order(
+            self.scheduler,  # type: ignore[arg-type]
+            tuple(modelled.policies),
+            sensitivities=sensitivities,
+            beta=self.beta,
+            epoch=epoch,
+            seed=seed,
+        )
+        if self.target_speedup is None:
+            return modelled.fraction(order, self.fraction or 0.0)
+        return modelled.meet(order, self.target_speedup, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
