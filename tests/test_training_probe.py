@@ -130,9 +130,9 @@ def test_any_two_samples_are_at_most_twice_the_norm_apart(one, other, max_norm):
     assert (a - b).norm() <= 2 * max_norm * (1 + 1e-12)
 
 
-def test_opposite_samples_are_exactly_twice_the_norm_apart():
+def test_opposite_samples_are_twice_the_norm_apart():
     a, b = (clip_vector(torch.tensor([v, 0.0]), 0.5) for v in (9.0, -9.0))
-    assert (a - b).norm() == 1.0
+    assert 1 - 1e-8 < (a - b).norm() <= 1
 
 
 def test_the_noise_is_made_for_twice_the_norm():
