@@ -55,6 +55,7 @@ def _interpretation(found: Sequence[Row], best: int | None, workload: Workload) 
     )
     if row.estimate.speedup < 1:
         text += ", which is faster"
+    text += f"; {_most(row)} examples fit into its {gibibytes(row.memory_bytes)} at once"
     if slower:
         text += f"; {slower} of {len(found)} rows are slower than full precision (--explain says why)"
     if unmet := sum(r.reached is False for r in found):
@@ -68,6 +69,11 @@ def _interpretation(found: Sequence[Row], best: int | None, workload: Workload) 
     if not all(r.fits for r in found):
         text += f"; {sum(not r.fits for r in found)} do not fit into memory"
     return text + "."
+
+
+def _most(row: Row) -> str:
+    """How many examples of one pass fit into the chip's memory, in words."""
+    return "2^24 or more" if row.largest_batch is None else f"at most {row.largest_batch:,}"
 
 
 def _trust(found: Sequence[Row], best: Row | None = None) -> str:
@@ -114,10 +120,9 @@ def show_memory(found: Sequence[Row], out: Output) -> None:
     _show_parts("part", "bytes", ("memory", "smaller"), gibibytes, found, parts, None, out)
     for row in found:
         fits = "fits into" if row.fits else "does not fit into"
-        most = "more than 2^24" if row.largest_batch is None else f"{row.largest_batch:,}"
         out.note(
             f"{row.hardware}, {row.format}: a pass of {row.physical_batch_size:,} examples {fits} "
-            f"{gibibytes(row.memory_bytes)}; at most {most} do."
+            f"{gibibytes(row.memory_bytes)}; {_most(row)} do."
         )
     out.note("Counted from shapes: what the allocator wastes and libraries' workspaces come on top.")
 

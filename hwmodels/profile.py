@@ -354,6 +354,8 @@ def describe(profile: HardwareProfile) -> dict[str, Any]:
         "power.limit_w": profile.power.limit_w if profile.power else None,
         "power.idle_w": profile.power.idle_w if profile.power else None,
     }
+    eager = (key for key in profile.provenance if key.startswith("eager."))  # only what the profile says of its own
+    values |= {key: getattr(profile.eager, key.removeprefix("eager.")) for key in eager}
     numbers = []
     for key, value in values.items():
         from_ = profile.provenance.get(key, Provenance(status="not published", sources=()))

@@ -20,7 +20,7 @@ from dpquant.config import shipped_configs
 from dpquant.rundir import load_run
 from emulation.errors import InputError
 from emulation.formats import FORMATS, NumberFormat
-from hwmodels.profile import find_profile, list_profiles
+from hwmodels.profile import find_profile, list_profiles, load_profile
 
 Capture = pytest.CaptureFixture[str]
 ESTIMATE = ["estimate", "--model", "resnet18", "--input", "3x32x32", "--batch-size", "64", "--hardware", "h100,b200"]
@@ -342,6 +342,35 @@ def test_hardware_list_and_show(capsys: Capture) -> None:
     assert "published" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["h100", "b200", "h200_measured", "tpu_v5e"])
+def test_hardware_show_csv_has_every_number(capsys: Capture, name: str) -> None:
+    facts = answer(capsys, "hardware", "show", name)
+    assert main(["hardware", "show", name, "--csv"]) == 0
+    captured = capsys.readouterr()
+    rows = {row["key"]: row for row in csv.DictReader(io.StringIO(captured.out))}
+    profile = load_profile(name)
+    assert set(profile.provenance) <= set(rows), "every number that has a source in the YAML"
+    assert list(next(iter(rows.values()))) == ["key", "value", "unit", "status", "source", "url", "note"]
+    for row in rows.values():
+        if row["status"] != "not published":
+            assert math.isfinite(float(row["value"]))
+            assert row["source"]
+    capacity = rows["memory.capacity_bytes"]
+    assert (float(capacity["value"]), capacity["unit"]) == (profile.memory.capacity_bytes, "B")
+    tags = profile.provenance["memory.capacity_bytes"].sources
+    assert capacity["source"] == "; ".join(profile.sources[tag].title for tag in tags)
+    for rate in facts["formats"]:
+        if rate["timed_as"] == rate["format"]:
+            row = rows[f"formats.{rate['format']}.peak_flops_per_s"]
+            assert (float(row["value"]), row["unit"]) == (rate["peak_flops_per_s"], "FLOP/s")
+    for kernel in facts["calibration"]:
+        row = rows[f"calibration.kernels.{kernel['kernel']}.fitted.held_out_mape_percent"]
+        assert (float(row["value"]), row["unit"], row["status"]) == (kernel["held_out_mape_percent"], "%", "fitted")
+    named = {"launch_s": "s", "memory.bandwidth_bytes_per_s": "B/s", "power.limit_w": "W", "units": ""}
+    assert {key: rows[key]["unit"] for key in named} == named
+    assert any(key.startswith("calibration.kernels.") for key in rows) == bool(facts["calibration"])
+
+
 def test_hardware_check(capsys: Capture, tmp_path: Path) -> None:
     assert "no problem found" in shown(capsys, "hardware", "check", "h100", "b200")
     bad = tmp_path / "bad.yaml"
@@ -451,6 +480,8 @@ def test_estimate_largest_batch_is_the_largest_that_fits(capsys: Capture) -> Non
     most = row["largest_batch"]
     at = [answer(capsys, *words, "--batch-size", str(n), "--physical-batch-size", str(n)) for n in (most, most + 1)]
     assert [a["rows"][0]["fits"] for a in at] == [True, False]
+    said = f"in full precision there; at most {most:,} examples fit into its "
+    assert said in " ".join(shown(capsys, *words).replace(", which is faster", "").split())
     parts = answer(capsys, *words, "--batch-size", str(3 * most))["rows"][0]
     assert parts["fits"]
     assert parts["physical_batch_size"] <= most
@@ -636,6 +667,24 @@ def test_train_writes_event_files(capsys: Capture, tmp_path: Path, monkeypatch: 
     for name in ("epsilon", "test_accuracy", "speedup"):
         written = [(event.step, event.value) for event in events.Scalars(name)]
         assert written == [(r.epoch, pytest.approx(getattr(r, name))) for r in records]
+
+
+def test_train_says_once_that_cores_are_idle(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    config = write_config(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def said(name: str, threads: int, cores: int) -> list[str]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        assert main(["train", str(config), "--out", str(tmp_path / name), "--epochs", "1"]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if " thread" in line]
+
+    note = "note: training on 1 thread of the 8 cores that this process may use (OMP_NUM_THREADS=1)"
+    assert said("idle", 1, 8) == [note]
+    assert said("busy", 8, 8) == []
+    assert said("one", 1, 1) == [], "there is nothing that the user could change"
 
 
 def test_train_refuses_a_folder_in_use(capsys: Capture, trained: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,22 @@ EXAMPLES = """\
 examples:
   dpquant hardware list
   dpquant hardware show h100
+  dpquant hardware show h100 --csv > h100.csv    every number, as a table
   dpquant hardware check my-chip.yaml
   dpquant hardware validate h100 --data measured.csv
   dpquant hardware calibrate --out mine.yaml"""
 
+_UNITS = {  # the longer ends first
+    "_flops_per_s": "FLOP/s",
+    "_bytes_per_s": "B/s",
+    "_bytes_per_flop": "B/FLOP",
+    "joules_per_byte": "J/B",
+    "joules_per_flop": "J/FLOP",
+    "_percent": "%",
+    "_bytes": "B",
+    "_s": "s",
+    "_w": "W",
+}
 _SHOWN_FORMATS = ("bfloat16", "float8_e4m3fn", "nvfp4", "mxfp4_e2m1")
 
 
@@ -116,7 +130,8 @@ def _show(args: argparse.Namespace, out: Output) -> int:
         out.json(facts)
         return 0
     if out.form == "csv":
-        out.table(Table(columns=[Column(key=key, title=key) for key in facts["numbers"][0]], rows=facts["numbers"]))
+        keys = ("key", "value", "unit", "status", "source", "url", "note")
+        out.table(Table(columns=[Column(key=key, title=key) for key in keys], rows=_every_number(profile, facts)))
         return 0
     out.show(f"{facts['name']}: {facts['title']} ({facts['vendor']}, {facts['family']}, {facts['year']})")
     if facts["note"]:
@@ -153,6 +168,43 @@ def _show(args: argparse.Namespace, out: Output) -> int:
     out.show("")
     _show_calibration(facts, out)
     return 0
+
+
+def _every_number(profile: HardwareProfile, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per number, under its key in the YAML: the chip's, its formats' own peaks, its calibration's constants."""
+    rates = [
+        rate | {"key": f"formats.{rate['format']}.peak_flops_per_s", "value": rate["peak_flops_per_s"]}
+        for rate in facts["formats"]
+        if rate["timed_as"] == rate["format"]
+    ]
+    rows = []
+    for row in (*facts["numbers"], *rates):
+        sources = [facts["sources"][tag] for tag in row["sources"]]
+        rows.append(
+            {name: row[name] for name in ("key", "value", "status", "note")}
+            | {"source": "; ".join(source["title"] for source in sources)}
+            | {"url": " ".join(source["url"] for source in sources if source["url"])}
+        )
+    if profile.calibration is not None:
+        rows += _constants("calibration", profile.calibration, None)
+    return [row | {"unit": _unit(row["key"])} for row in rows]
+
+
+def _constants(path: str, part: Any, source: str | None) -> Iterator[dict[str, Any]]:
+    """The single numbers of a calibration, tables such as tiles and corrections aside, with what each was fitted on."""
+    entries = part if isinstance(part, Mapping) else vars(part)
+    source = entries["fitted"].source if "fitted" in entries else source
+    for name, value in entries.items():
+        key = f"{path}.{name}"
+        if isinstance(value, (int, float)):
+            yield {"key": key, "value": value, "status": "fitted", "source": source}
+        elif isinstance(value, Mapping) or is_dataclass(value):
+            yield from () if name == "correction" else _constants(key, value, source)
+
+
+def _unit(key: str) -> str | None:
+    """The SI unit that a key's end names; None for a plain number."""
+    return next((unit for end, unit in _UNITS.items() if key.endswith(end)), None)
 
 
 def _fitted(profile: HardwareProfile) -> list[dict[str, Any]]:
