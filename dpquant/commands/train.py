@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -190,6 +191,8 @@ def _talk(training: Training, folder: RunFolder, tensorboard: bool, out: Output)
     from dpquant.train import train
 
     facts = training.facts
+    if note := _idle_cores(training):
+        out.say(note)
     for line in (*report.opening(facts), report.LIVE_HEADER):
         out.say(line)
     steps = sum(record.steps for record in folder.records())
@@ -202,6 +205,23 @@ def _talk(training: Training, folder: RunFolder, tensorboard: bool, out: Output)
     except KeyboardInterrupt:
         print(f"stopped; go on with: dpquant train --resume {shlex.quote(str(folder.path))}", file=sys.stderr)
         raise
+
+
+def _idle_cores(training: Training) -> str | None:
+    """What to say where a lone process trains on one thread, though it may use more cores: mostly a cluster's default.
+
+    torchrun gives each of its processes one thread on purpose, and says so itself.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    module = training.parts[0]
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    if not on_cpu or training.engine.processes.size > 1 or torch.get_num_threads() > 1 or cores == 1:
+        return None
+    asked = os.environ.get("OMP_NUM_THREADS")
+    why = f" (OMP_NUM_THREADS={asked})" if asked else ""
+    return f"note: training on 1 thread of the {cores} cores that this process may use{why}"
 
 
 class _Watched:
