@@ -36,11 +36,13 @@ _NAME = Text(required=False)
 
 SPECIFICATION = Fields(
     entries={
-        "name": Text(doc="what the run is called in its folder and report", required=False),
+        "name": Text(doc="what the run is called in its folder and report; default: the file's name", required=False),
         "model": Fields(
             entries={
-                "name": Text(doc="a model of the project"),
-                "options": Table(value=Anything(), doc="what the model's class takes", required=False),
+                "name": Text(doc="a model of the project: `digits_cnn`, `resnet18`, `gpt2`, ..."),
+                "options": Table(
+                    value=Anything(), doc="what the model's class takes, such as `stem: cifar`", required=False
+                ),
                 "weights": Text(doc="a state dict to start from; what it lacks is initialised", required=False),
             }
         ),
@@ -55,7 +57,11 @@ SPECIFICATION = Fields(
         "hardware": Fields(
             entries={
                 "profile": Text(doc="name or path of a hardware profile"),
-                "basis": Text(choices=("peak", "calibrated"), doc="what speedup is modelled on", required=False),
+                "basis": Text(
+                    choices=("peak", "calibrated"),
+                    doc="what speedup is modelled on; default: calibrated where the profile is",
+                    required=False,
+                ),
             }
         ),
         "format": OneOf(
@@ -64,7 +70,10 @@ SPECIFICATION = Fields(
         ),
         "schedule": Fields(
             entries={
-                "scheduler": Text(choices=("full", "static", "pls", "dpquant")),
+                "scheduler": Text(
+                    choices=("full", "static", "pls", "dpquant"),
+                    doc="layers quantized: none, drawn once, drawn every epoch, drawn by sensitivity",
+                ),
                 "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),
                 "layers": Items(item=Text(), doc="of scheduler static: the layers quantized, by name", required=False),
@@ -73,19 +82,23 @@ SPECIFICATION = Fields(
         ),
         "training": Fields(
             entries={
-                "epochs": Number(minimum=1, integer=True),
+                "epochs": Number(minimum=1, integer=True, doc="epochs of the whole run"),
                 "batch_size": Number(minimum=1, integer=True, doc="expected size of a Poisson batch: a public number"),
                 "dataset_size": replace(_COUNT, doc="declared number of examples, public; default: the data's"),
                 "device": Text(choices=("cpu", "cuda"), doc="where it trains; the data stay there", required=False),
                 "max_physical_batch_size": replace(_COUNT, doc="larger batches are processed in parts"),
-                "optimizer": Text(choices=_OPTIMIZERS, required=False),
-                "learning_rate": Number(above=0),
-                "momentum": Number(minimum=0, below=1, required=False),
-                "weight_decay": Number(minimum=0, required=False),
-                "max_grad_norm": Number(above=0),
-                "clipping": Text(choices=("bookkeeping", "hooks"), required=False),
+                "optimizer": Text(choices=_OPTIMIZERS, doc="what steps along the noisy gradient", required=False),
+                "learning_rate": Number(above=0, doc="of the optimizer"),
+                "momentum": Number(minimum=0, below=1, doc="of `sgd`", required=False),
+                "weight_decay": Number(minimum=0, doc="of the optimizer", required=False),
+                "max_grad_norm": Number(above=0, doc="norm each example's gradient is clipped to"),
+                "clipping": Text(
+                    choices=("bookkeeping", "hooks"),
+                    doc="bookkeeping: norms from each layer's operands; hooks: from per-example gradients",
+                    required=False,
+                ),
                 "accumulate": Text(
-                    choices=("float32", "hardware"), doc="hardware: the profile's own matrix units", required=False
+                    choices=("float32", "hardware"), doc="hardware: sums as the profile's matrix units", required=False
                 ),
                 "cuda_graphs": Flag(doc="on a GPU: steps are replayed as CUDA graphs", required=False),
                 "keep_freed_memory": Flag(
@@ -97,8 +110,8 @@ SPECIFICATION = Fields(
             entries={
                 "target_epsilon": Number(above=0, doc="spent by training and analyses together", required=False),
                 "noise_multiplier": Number(minimum=0, doc="instead of target_epsilon", required=False),
-                "target_delta": Number(above=0, below=1),
-                "accountant": Text(choices=("prv", "rdp"), required=False),
+                "target_delta": Number(above=0, below=1, doc="delta of the guarantee; below one over the examples"),
+                "accountant": Text(choices=("prv", "rdp"), doc="prv: tight; rdp: faster, looser", required=False),
             }
         ),
         "analysis": Fields(
@@ -155,7 +168,7 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """Equal for configurations that train the same: name, place of data, device, speed and defaults aside."""
-        decisive = _set({key: value for key, value in self.data.items() if key != "name"}, _DEFAULTS)
+        decisive = _set({key: value for key, value in self.data.items() if key != "name"}, DEFAULTS)
         for section, key in _INDIFFERENT:
             decisive.get(section, {}).pop(key, None)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -186,7 +199,7 @@ class RunConfig:
         return (found[1],) if found[1] in self.data else key
 
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "name": None,
     "model": {"options": {}, "weights": None},
     "data": {"root": None, "split": None, "size": None},
@@ -252,10 +265,10 @@ def load_config(
         if name not in shipped or len(Path(path).parts) > 3:
             raise InputError(f"no such configuration: {path}", hint=suggestion(name, shipped))
         path = shipped[name]
-    document = _without_nulls(_overridden(read_yaml(path), overrides or {}, origins or {}), _DEFAULTS)
+    document = _without_nulls(_overridden(read_yaml(path), overrides or {}, origins or {}), DEFAULTS)
     raise_all(problems(document, SPECIFICATION))
     data = document.data
-    resolved = {key: _filled(data.get(key), _DEFAULTS.get(key)) for key in SPECIFICATION.entries}
+    resolved = {key: _filled(data.get(key), DEFAULTS.get(key)) for key in SPECIFICATION.entries}
     resolved["name"] = resolved["name"] or Path(path).stem
     config = RunConfig(path=str(path), data=resolved, _document=document)
     raise_all(_contradictions(config))

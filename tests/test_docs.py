@@ -277,6 +277,19 @@ def test_the_reference_is_that_of_the_code() -> None:
     assert page == (ROOT / "docs/reference.md").read_text(), "python docs/reference.py writes it anew"
 
 
+def test_the_keys_of_configurations_are_those_of_the_code() -> None:
+    """As the page is written from it, every key with its meaning; what it takes is what a resolved file holds."""
+    names = runpy.run_path(str(ROOT / "docs/configuration.py"))
+    page = names["configuration"]()
+    assert page == (ROOT / "docs/configuration.md").read_text(), "python docs/configuration.py writes it anew"
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 4 and all(row) for row in rows), rows
+    data = load_config("digits").data
+    resolved = {f"{k}.{n}" if n else k for k, v in data.items() for n in (v if isinstance(v, dict) else (None,))}
+    assert {row[0].strip("`") for row in rows} == resolved
+    assert {"`training.cuda_graphs`", "`training.keep_freed_memory`"} <= {row[0] for row in rows}
+
+
 def test_public_names_are_documented() -> None:
     """Each has a sentence, and each argument that a docstring lists is one that there is."""
     page = runpy.run_path(str(ROOT / "docs/reference.py"))["reference"]()
@@ -383,4 +396,5 @@ if __name__ == "__main__":
         patch.setenv("COLUMNS", "80")
         for page_path in PAGES:
             page_path.write_text(rewritten(page_path.read_text()))
-    runpy.run_path(str(ROOT / "docs/reference.py"), run_name="__main__")
+    for writer in ("reference.py", "configuration.py"):
+        runpy.run_path(str(ROOT / "docs" / writer), run_name="__main__")
