@@ -400,7 +400,7 @@ def _infeasible(
         return _composed_epsilon(_merged(louder), delta, "rdp")
 
     factor = next((f for f in (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0) if scaled(f) <= target / 2), None)
-    options = [f"a target_epsilon above {alone:.4g}"]
+    options = [f"a target_epsilon above {alone:.4g}"] if alone < math.inf else []
     if count := _most(fits, planned):
         options.append(f"at most {count} analyses")
     if factor is not None:
@@ -409,7 +409,7 @@ def _infeasible(
     return InputError(
         f"target_epsilon={target:g} is spent by the {planned} planned analyses alone:"
         f" epsilon {alone:.4g} at delta={delta:g}",
-        hint="what would fit: " + ", or ".join(options),
+        hint="what would fit: " + ", or ".join(options or ["noise in the analyses"]),
     )
 
 
