@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -51,10 +51,6 @@ class Reach:
 
     max_speedup: float
     plan: PrecisionPlan
-
-
-def _format_name(profile: HardwareProfile, fmt: str | Format) -> str:
-    return profile.rate(get_format(fmt)).format
 
 
 def gains(model: StepModel, format_name: str, objective: Objective = "time") -> dict[str, float]:
@@ -112,7 +108,7 @@ def format_names(profile: HardwareProfile, formats: str | Format | Sequence[str 
     several = [formats] if isinstance(formats, str) or not isinstance(formats, Sequence) else list(formats)
     if not several:
         raise InputError("no format is given", hint="such as 'nvfp4'")
-    return [_format_name(profile, fmt) for fmt in several]
+    return [profile.rate(get_format(fmt)).format for fmt in several]
 
 
 def fastest(model: StepModel, formats: Sequence[str], objective: Objective = "time") -> dict[str, str]:
@@ -132,46 +128,6 @@ def fastest(model: StepModel, formats: Sequence[str], objective: Objective = "ti
     ranked = sorted(plan, key=lambda name: saved[name] / max(added[name], 1e-9), reverse=True)
     prefixes = [{name: plan[name] for name in plan if name in set(ranked[:size])} for size in range(len(ranked) + 1)]
     return min(prefixes, key=lambda prefix: expense(model, prefix, objective))
-
-
-def fill(
-    workload: Workload,
-    profile: HardwareProfile,
-    order: Iterable[str],
-    format: str | Format,
-    target_speedup: float,
-    *,
-    analysis_s_per_step: float = 0.0,
-    objective: Objective = "time",
-    **options: Any,
-) -> PrecisionPlan:
-    """Quantize layers in the given order until the modelled step meets the target, or none is left.
-
-    Layers that the format slows down are passed over.
-
-    Args:
-        workload: the step.
-        profile: the chip.
-        order: layer names, first to last.
-        format: of the quantized layers.
-        target_speedup: over the step in full precision without analyses (of energy, where that is the objective).
-        analysis_s_per_step: seconds (joules) of sensitivity analyses, spread over the steps.
-        objective: ``time`` or ``energy``.
-        options: as ``hwmodels.cost.estimate`` takes them.
-    """
-    check_target(target_speedup)
-    model = StepModel(workload, profile, **options)
-    name = _format_name(profile, format)
-    gain = gains(model, name, objective)
-    budget = expense(model, {}, objective) / target_speedup - analysis_s_per_step
-    plan: dict[str, str] = {}
-    for layer in order:
-        if expense(model, plan, objective) <= budget:
-            break
-        model.plan_formats({layer: name})
-        if gain[layer] > 0:
-            plan[layer] = name
-    return PrecisionPlan(formats=plan)
 
 
 def fraction(order: Sequence[str], format: str | Format, fraction: float) -> PrecisionPlan:

@@ -81,49 +81,6 @@ def test_analyses_lower_the_reach() -> None:
     assert len(hopeless.plan) == 0
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    name=st.sampled_from(["resnet18", "digits_cnn", "transformer"]),
-    share=st.floats(0, 1),
-    analysis=st.floats(0, 0.05),
-    objective=st.sampled_from(["time", "energy"]),
-    data=st.data(),
-)
-def test_fill_meets_the_target_with_no_layer_to_spare(
-    name: str, share: float, analysis: float, objective: planner.Objective, data: st.DataObject
-) -> None:
-    workload = traced(name)
-    order = data.draw(st.permutations(workload.quantizable))
-    model = StepModel(workload, TOY, **OPTIONS)
-    base = planner.expense(model, {}, objective)
-    extra = {"analysis_s_per_step": analysis * base, "objective": objective, **OPTIONS}
-    reach = planner.reach(workload, TOY, "nvfp4", **extra)
-    target = 1 / (1 + analysis) + share * (reach.max_speedup - 1 / (1 + analysis)) * (1 - 1e-9)
-    plan = planner.fill(workload, TOY, order, "nvfp4", target, **extra)
-    gain = planner.gains(model, "nvfp4", objective)
-
-    def speedup(formats: dict[str, str]) -> float:
-        return base / (planner.expense(model, formats, objective) + analysis * base)
-
-    assert speedup(dict(plan)) >= target * (1 - 1e-12)
-    assert all(gain[layer] > 0 for layer in plan)
-    taken = [layer for layer in order if gain[layer] > 0][: len(plan)]
-    assert list(plan) == taken
-    if plan:
-        assert speedup(dict.fromkeys(taken[:-1], "nvfp4")) < target
-
-
-def test_fill_takes_all_that_gain_where_the_target_is_out_of_reach() -> None:
-    workload = traced("resnet18")
-    plan = planner.fill(workload, TOY, workload.quantizable, "nvfp4", 100.0, **OPTIONS)
-    assert dict(plan) == dict(planner.reach(workload, TOY, "nvfp4", **OPTIONS).plan)
-
-
-def test_a_format_that_gains_nothing_is_never_chosen() -> None:
-    workload = traced("resnet18")
-    assert len(planner.fill(workload, TOY, workload.quantizable, "mxfp8", 1.5, **OPTIONS)) == 0
-
-
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 2), (0.9, 4), (1.0, 4), (0.13, 1)])
 def test_fraction_counts_layers(share: float, count: int) -> None:
     plan = planner.fraction(("a", "b", "c", "d"), "fp4", share)
@@ -163,9 +120,6 @@ def test_an_analysis_is_so_many_forward_passes_of_its_batch() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: planner.fill(w, TOY, ["conv1"], "nvfp4", 0.0, **OPTIONS), "target_speedup=0.0"),
-        (lambda w: planner.fill(w, TOY, ["conv1"], "nvfp4", math.nan, **OPTIONS), "target_speedup=nan"),
-        (lambda w: planner.fill(w, TOY, ["conv9"], "nvfp4", 1.1, **OPTIONS), "layer 'conv9'"),
         (lambda w: planner.fraction((), "nvfp4", 1.5), "fraction=1.5"),
         (lambda w: planner.reach(w, TOY, "int8", **OPTIONS), "format='int8' has no rate on toy"),
         (lambda w: planner.reach(w, TOY, [], **OPTIONS), "no format"),
