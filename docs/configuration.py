@@ -33,7 +33,7 @@ in [performance.md](performance.md).
 
 
 def keys(fields: Fields, defaults: Any, path: str = "") -> Iterator[tuple[str, Field, Any]]:
-    """Every key that holds a value, with its specification and default; the default of one that must be given is ...."""
+    """Every key that holds a value, with its specification and its default (``...``: it must be given)."""
     for name, entry in fields.entries.items():
         default = defaults.get(name, ...) if isinstance(defaults, dict) else ...
         if isinstance(entry, Fields):
