@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -288,6 +289,28 @@ def test_the_keys_of_configurations_are_those_of_the_code() -> None:
     resolved = {f"{k}.{n}" if n else k for k, v in data.items() for n in (v if isinstance(v, dict) else (None,))}
     assert {row[0].strip("`") for row in rows} == resolved
     assert {"`training.cuda_graphs`", "`training.keep_freed_memory`"} <= {row[0] for row in rows}
+
+
+def picture_problems(svg: str) -> Iterator[str]:
+    """What is wrong with a picture of the parts: something fetched, files not there, no text, no background."""
+    tree = ElementTree.fromstring(svg)
+    tags = [element.tag.rpartition("}")[2] for element in tree.iter()]
+    if {"image", "script", "foreignObject", "use"} & set(tags) or "@import" in svg or re.search(r"url\((?!#)", svg):
+        yield "is not whole in itself"
+    if tags.count("text") < 20 or not tree.findall(".//{*}rect[@class='page']") or "title" not in tags:
+        yield "has no text, title or background of its own"
+    modules = re.findall(r">(\w+/\w+\.py)<", svg)
+    yield from (f"{module} is not there" for module in modules or ["no module"] if not (ROOT / module).exists())
+
+
+def test_the_picture_is_whole_and_names_what_is_there() -> None:
+    svg = (ROOT / "docs/how-it-works.svg").read_text()
+    assert list(picture_problems(svg)) == []
+    for page in (ROOT / "README.md", ROOT / "docs/architecture.md"):
+        assert "how-it-works.svg)" in page.read_text()
+    assert list(picture_problems(svg.replace("cost.py", "costs.py"))) == ["hwmodels/costs.py is not there"]
+    assert list(picture_problems(svg.replace("url(#head)", "url(http://x.org/a)"))) == ["is not whole in itself"]
+    assert list(picture_problems(svg.replace('class="page"', ""))) == ["has no text, title or background of its own"]
 
 
 def test_public_names_are_documented() -> None:
