@@ -291,6 +291,16 @@ def test_the_keys_of_configurations_are_those_of_the_code() -> None:
     assert {"`training.cuda_graphs`", "`training.keep_freed_memory`"} <= {row[0] for row in rows}
 
 
+def test_accuracies_of_the_front_page_are_those_of_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = (ROOT / "docs/results.md").read_text()
+    for start, sweep in (("Fashion-MNIST", "fashion_anchor .*norm: none"), ("CIFAR-10", "cifar10_anchor ")):
+        found = re.search(rf"`dpquant sweep {sweep}.*?` \| (\d+) \| ([\d.]+ ± [\d.]+) \| [^|]+ \| ([\d.]+)", results)
+        assert found is not None, sweep
+        assert found[1] == "5", "the page says over five seeds"
+        assert re.search(rf"{start} {found[2]} %( over five seeds)? \(published {found[3]} %\)", readme), found[0]
+
+
 def picture_problems(svg: str) -> Iterator[str]:
     """What is wrong with a picture of the parts: something fetched, files not there, no text, no background."""
     tree = ElementTree.fromstring(svg)
