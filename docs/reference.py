@@ -20,7 +20,7 @@ MORE = {  # beside what the packages themselves export
     "emulation.layers": ("LayerPrecision", "quantizable_layers", "set_rounding"),
     "emulation.formats": ("formats_from",),
     "emulation.compare": ("rank_formats",),
-    "hwmodels.planner": ("reach", "fill", "fraction"),
+    "hwmodels.planner": ("reach", "fraction"),
     "hwmodels.explore": ("pareto", "break_even", "sweep"),
     "hwmodels.profile": ("check",),
 }
