@@ -132,7 +132,7 @@ def test_square_weight_blocks_serve_both_gemms(layer: nn.Module) -> None:
 
 
 def test_the_rotation_is_orthogonal_and_cancels() -> None:
-    h = _rotation(torch.zeros(1, dtype=torch.float64))
+    h = _rotation(torch.float64, torch.device("cpu"))
     torch.testing.assert_close(h @ h.t(), torch.eye(TILE, dtype=torch.float64))
     assert set(h.abs().flatten().tolist()) == {0.25}
     x, g = torch.randn(2, 21, 5, dtype=torch.float64), torch.randn(2, 21, 3, dtype=torch.float64)
