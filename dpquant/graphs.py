@@ -104,7 +104,9 @@ class GraphedBackward:
         size = self._size(len(inputs))
         key = (size, inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype)
         first = key not in self._batches
-        batch = self._batches.setdefault(key, self._buffers(size, inputs, targets)) if first else self._batches[key]
+        if first:
+            self._batches[key] = self._buffers(size, inputs, targets)
+        batch = self._batches[key]
         self._load(batch, inputs, targets)
         try:
             result: _Result | None = self._run(batch, first=first)
