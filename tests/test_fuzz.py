@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dpquant.cli import build_parser, main
 from dpquant.commands.completion import vocabulary
 from dpquant.config import shipped_configs
+from emulation.errors import InputError
 from hwmodels.profile import find_profile
 from tests.test_cli import write_config
 
@@ -26,6 +27,7 @@ LIMIT_S = 60
 FUZZ = settings(
     max_examples=80,
     deadline=None,
+    derandomize=True,  # what fails here fails everywhere
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -125,10 +127,17 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return words + draw(st.lists(names | JUNK, max_size=2))
 
 
+def measures_nothing(*args: object, **options: object) -> None:
+    raise InputError("nothing could be measured in the budget", hint="a longer one")
+
+
 @FUZZ
 @given(words=command_lines())
 def test_words(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "hwmodels.calibrate.calibrate", measures_nothing
+    )  # sound words would have it measure for minutes
     if "--model" in words and not {"--hardware", "--help"} & set(words):
         words = [*words, "--hardware", "b200"]  # not all of them: this is no test of patience
     ends(*words)
