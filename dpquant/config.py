@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dpquant.schedule import SCHEDULERS
 from emulation.errors import InputError, suggestion
 from hwmodels.fields import Anything, Field, Fields, Flag, Items, Number, OneOf, Table, Text, json_schema, problems
 from hwmodels.strict_yaml import Document, KeyPath, raise_all, read_yaml
@@ -71,8 +72,9 @@ SPECIFICATION = Fields(
         "schedule": Fields(
             entries={
                 "scheduler": Text(
-                    choices=("full", "static", "pls", "dpquant"),
-                    doc="layers quantized: none, drawn once, drawn every epoch, drawn by sensitivity",
+                    choices=SCHEDULERS,
+                    doc="layers quantized: none; drawn once; drawn every epoch; drawn by sensitivity; "
+                    "all in the first epochs alone; all in the last epochs alone",
                 ),
                 "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),

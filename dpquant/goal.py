@@ -17,9 +17,9 @@ class Goal:
     """A scheduler, and one of a target speedup, a share of the layers, and named layers.
 
     Attributes:
-        scheduler: ``full``, ``static``, ``pls`` or ``dpquant``.
+        scheduler: one of ``schedule.SCHEDULERS``.
         target_speedup: modelled speedup of the whole run.
-        fraction: share of the quantizable layers.
+        fraction: share of the quantizable layers, on average over the run's epochs.
         layers: their names, for ``static``.
         beta: how strongly ``dpquant`` prefers insensitive layers.
 
@@ -98,5 +98,25 @@ class Goal:
             seed=seed,
         )
         if self.target_speedup is None:
-            return modelled.fraction(order, self.fraction or 0.0)
-        return modelled.meet(order, self.target_speedup, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
+            return modelled.fraction(order, self._share(modelled, steps, steps_done))
+        target = self.target_speedup
+        if self.scheduler in ("annealed", "delayed"):
+            # as if the epochs that come after were over, all of them in full precision, or all of them quantized
+            after = modelled.steps - steps
+            others = {} if self.scheduler == "annealed" else modelled.reach().plan
+            seconds_done += after * modelled.estimate(others).step_s
+            steps, steps_done = modelled.steps, steps_done + after
+            target *= 1 - 1e-9  # more than rounding moves sums of seconds by
+        return modelled.meet(order, target, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
+
+    def _share(self, modelled: ModelledRun, steps: int, steps_done: int) -> float:
+        """The share of the layers that this epoch quantizes; over the run as many as a fixed choice has."""
+        layers = len(modelled.workload.quantizable)
+        share = round((self.fraction or 0.0) * layers) / max(layers, 1)
+        return schedule.share_of_epoch(
+            self.scheduler,  # type: ignore[arg-type]
+            share,
+            steps=steps,
+            steps_done=steps_done,
+            run_steps=modelled.steps,
+        )

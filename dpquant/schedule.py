@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from emulation.errors import InputError, suggestion
 
-Scheduler = Literal["full", "static", "pls", "dpquant"]
+Scheduler = Literal["full", "static", "pls", "dpquant", "annealed", "delayed"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 
 
@@ -50,6 +50,8 @@ def draw_order(
             uniform order every epoch. ``dpquant``: every epoch layer after layer without replacement, each with
             probability softmax(-beta * sensitivity) among those left (arXiv 2509.03472), drawn as a descending sort
             of ``-beta * sensitivity`` plus Gumbel noise, which is the same distribution (arXiv 1903.06059).
+            ``annealed`` and ``delayed`` choose epochs (:func:`share_of_epoch`): the order, uniform and new every epoch,
+            matters where only a part of the layers is quantized.
         layers: names, each once.
         sensitivities: released values by layer name, for ``dpquant``; None (nothing released yet) is a uniform draw.
         beta: how strongly sensitive layers are avoided, per unit of sensitivity; 0 is uniform.
@@ -77,6 +79,25 @@ def draw_order(
     uniform = _uniform(seed, "static" if scheduler == "static" else epoch)
     keys = [logit - math.log(-math.log(_open(uniform))) for logit in logits]
     return tuple(layers[i] for i in sorted(range(len(layers)), key=lambda i: -keys[i]))
+
+
+def share_of_epoch(scheduler: Scheduler, share: float, *, steps: int, steps_done: int, run_steps: int) -> float:
+    """The share of the layers that an epoch quantizes, so that ``share`` is their average over the run's steps.
+
+    ``annealed`` quantizes everything at first and nothing at the end, ``delayed`` nothing at first and everything at
+    the end; all others quantize the same share in every epoch.
+
+    Args:
+        scheduler: one of ``SCHEDULERS``.
+        share: of the run's layers times steps, between 0 and 1.
+        steps: taken when the epoch ends.
+        steps_done: taken when it starts.
+        run_steps: of the whole run.
+    """
+    if scheduler not in ("annealed", "delayed"):
+        return share
+    elsewhere = steps_done if scheduler == "annealed" else run_steps - steps  # steps that quantize all there is
+    return min(max((share * run_steps - elsewhere) / (steps - steps_done), 0.0), 1.0)
 
 
 def _logits(sensitivities: Sequence[float], beta: float) -> list[float]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_chip import toy_chip
 
 from dpquant.goal import Goal
@@ -66,3 +69,59 @@ def test_plans() -> None:
     assert set(plan(Goal(scheduler="dpquant", fraction=1 / len(LAYERS), beta=1e4), 0, harmless)) == {LAYERS[3]}
     target = 0.5 * (1 + RUN.reach().max_speedup)
     assert RUN.speedup(plan(Goal(scheduler="pls", target_speedup=target))) >= target
+
+
+def whole_run(
+    goal: Goal, epochs: int, per_epoch: int = 4, formats: tuple[str, ...] = ("nvfp4",)
+) -> list[dict[str, str]]:
+    """The plans of a run's epochs, as its engine asks for them."""
+    run = replace(RUN, steps=epochs * per_epoch, formats=formats)
+    seconds, plans = 0.0, []
+    for epoch in range(epochs):
+        done = epoch * per_epoch
+        found = goal.plan(run, None, epoch=epoch, seed=3, steps=done + per_epoch, steps_done=done, seconds_done=seconds)
+        seconds += per_epoch * run.estimate(found).step_s
+        plans.append(dict(found))
+    return plans
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["annealed", "delayed"]), st.floats(0, 1), st.integers(1, 25))
+def test_choices_of_epochs_quantize_as_many_layers_as_a_fixed_choice(
+    scheduler: str, fraction: float, epochs: int
+) -> None:
+    sizes = [len(plan) for plan in whole_run(Goal(scheduler=scheduler, fraction=fraction), epochs)]
+    fixed = [len(plan) for plan in whole_run(Goal(scheduler="static", fraction=fraction), epochs)]
+    assert sum(sizes) == sum(fixed)
+    assert sizes == sorted(sizes, reverse=scheduler == "annealed")
+    assert sum(0 < size < len(LAYERS) for size in sizes) <= 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(["annealed", "delayed"]), st.floats(0, 1), st.integers(5, 25),
+    st.sampled_from([("nvfp4",), ("fp8", "nvfp4")]),
+)  # fmt: skip
+def test_choices_of_epochs_meet_the_target_of_the_whole_run(
+    scheduler: str, share: float, epochs: int, formats: tuple[str, ...]
+) -> None:
+    run = replace(RUN, formats=formats)
+    most = run.reach()
+    target = 1 + share * (most.max_speedup - 1)
+    plans = whole_run(Goal(scheduler=scheduler, target_speedup=target), epochs, formats=formats)
+    full_s, seconds = run.estimate({}).step_s, [run.estimate(plan).step_s for plan in plans]
+    layer_s = max(full_s - run.estimate({name: "nvfp4"}).step_s for name in LAYERS)
+    spare_s = epochs * full_s / target - sum(seconds)
+    assert -1e-8 * epochs * full_s <= spare_s < layer_s  # of one layer in one epoch
+    if 0.3 < share < 0.7:
+        most_s, none = run.estimate(most.plan).step_s, {}
+        assert plans[0 if scheduler == "delayed" else -1] == none
+        assert seconds[-1 if scheduler == "delayed" else 0] < most_s + layer_s
+        assert sum(most_s + layer_s < s < full_s for s in seconds) <= 1  # the epoch between
+
+
+def test_a_run_that_ends_earlier_than_planned_keeps_to_its_share() -> None:
+    goal = Goal(scheduler="annealed", fraction=0.5)
+    shorter = replace(RUN, steps=16)
+    later = goal.plan(shorter, None, epoch=2, seed=3, steps=12, steps_done=8, seconds_done=0.0)
+    assert len(later) == 0  # 8 of 16 steps were quantized before

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpquant.schedule import SCHEDULERS, draw_order, probability
+from dpquant.schedule import SCHEDULERS, draw_order, probability, share_of_epoch
 from emulation.errors import InputError
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -108,6 +108,27 @@ def test_global_random_states_are_untouched(scheduler):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     draw_order(scheduler, LAYERS, sensitivities=SENSITIVITIES, beta=1.0, epoch=2, seed=1)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+@given(
+    share=st.floats(0, 1), epochs=st.integers(1, 30), per_epoch=st.integers(1, 50), short=st.integers(0, 49),
+    scheduler=st.sampled_from(SCHEDULERS),
+)  # fmt: skip
+def test_shares_of_epochs_average_to_the_runs_share(scheduler, share, epochs, per_epoch, short):
+    ends = [min((e + 1) * per_epoch, epochs * per_epoch - short % per_epoch) for e in range(epochs)]
+    starts, run_steps = [0, *ends[:-1]], ends[-1]
+    found = [
+        share_of_epoch(scheduler, share, steps=end, steps_done=start, run_steps=run_steps)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    assert all(0 <= s <= 1 for s in found)
+    total = sum(s * (end - start) for s, start, end in zip(found, starts, ends, strict=True))
+    assert total == pytest.approx(share * run_steps)
+    if scheduler in ("annealed", "delayed"):
+        assert found == sorted(found, reverse=scheduler == "annealed")
+        assert sum(0 < s < 1 for s in found) <= 1 + (share * run_steps != pytest.approx(total, abs=1e-12))
+    else:
+        assert set(found) == {share}
 
 
 @given(
