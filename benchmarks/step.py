@@ -5,18 +5,22 @@
     python benchmarks/step.py --device cuda --models resnet18-cifar --batch-sizes 64 256 1024 --precision tf32
     python benchmarks/step.py --out step.json
 
-Each case is a network of its own; the cases take turns, step by step, so that what else the machine does hits all of
-them alike. Printed: median milliseconds, the ratio to plain SGD of the same run, examples/s, and the peak memory: on
-CUDA of a step, beyond what was there before it; on the CPU (`--memory`) of a process of its own for each case, all of
-it. The floor is a plain step and then the norms alone, of operands kept from a private backward: less than that no
-clipping can take that forms the batch's gradients as torch does. `--allocator default` shows what the C library's own
-settings cost on the CPU.
+Each case is a network of its own. A few cases at a time take turns with plain SGD, step by step, so that what else the
+machine does hits all of them alike; then their memory is given back. Printed: median milliseconds, the ratio to plain
+SGD beside them, examples/s, and the peak memory. On CUDA that is the most a case holds during a step beyond what lay
+there before its network was built: parameters, gradients, activations, and all that is set aside for its graph, which
+nothing else can use; on the CPU (`--memory`) what a process of its own holds. The floor is a plain step and then the
+norms alone, of operands kept from a private backward: less than that no clipping can take that forms the batch's
+gradients as torch does. On CUDA plain SGD and the floor are graphs too, as private steps are, and plain SGD is there
+once more as most programs run it; ratios are to that one. `--allocator default` shows what the C library's own settings
+cost on the CPU. `--out` is written as the run goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import platform
 import resource
@@ -25,8 +29,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -56,6 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 }
 FORMATS = ("luq_fp4", "fp8", "mxfp4", "nvfp4")
 Step = Callable[[], None]
+_STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -190,68 +196,152 @@ def ours(
     return step
 
 
-def cases(formats: list[str], peers: bool, cuda: bool) -> dict[str, Callable[[nn.Module, Tensor, Tensor], Step]]:
-    found: dict[str, Callable[[nn.Module, Tensor, Tensor], Step]] = {"plain SGD": plain}
-    if peers:
-        found |= {"Opacus hooks": opacus_hooks, "Opacus ghost": opacus_ghost}
-    if peers and cuda:
-        found["private, no graphs"] = lambda m, x, y: ours(m, x, y, graphs=False)
-    found |= {"floor": floor, "private": ours}
-    for name in formats:
-        found[f"private, {name}"] = lambda m, x, y, f=name: ours(m, x, y, f)
-        found[f"private, {name} on half"] = lambda m, x, y, f=name: ours(m, x, y, f, 0.5)
-    return found
+Make = Callable[[nn.Module, Tensor, Tensor], Step]
 
 
-def measure(
-    model: str, batch: int, precision: str, args: argparse.Namespace, profiles: list[dict[str, Any]]
-) -> list[Row]:
-    """Every case of one model, batch size and precision, taking turns; appends the kernels of each to ``profiles``."""
+def graphed(make: Make) -> Make:
+    """The same step, captured once and then replayed."""
+
+    def make_graphed(module: nn.Module, x: Tensor, y: Tensor) -> Step:
+        step, stream = make(module, x, y), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # chooses kernels, which a capture does not allow
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+
+        def replay() -> None:
+            _ = step  # whose network the graph works on
+            graph.replay()
+
+        return replay
+
+    return make_graphed
+
+
+def groups(formats: list[str], peers: bool, cuda: bool) -> list[dict[str, Make]]:
+    """The cases beside plain SGD that take turns, and hold memory, at a time."""
+    quantized: list[dict[str, Make]] = [
+        {
+            f"private, {name}{'' if share == 1 else ' on half'}": partial(ours, format=name, share=share)
+            for name in formats
+        }
+        for share in (1.0, 0.5)
+    ]
+    own: dict[str, Make] = {"floor": graphed(floor) if cuda else floor, "private": ours}
+    if cuda:
+        own = {"plain SGD, graphed": graphed(plain)} | own
+        if peers:
+            own["private, no graphs"] = partial(ours, graphs=False)
+    opacus: dict[str, Make] = {"Opacus hooks": opacus_hooks, "Opacus ghost": opacus_ghost}
+    found = [own, quantized[0], opacus if peers else {}, quantized[1]]
+    return [group for group in found if group]
+
+
+@dataclass
+class Seen:
+    """What was measured of one case: seconds of its steps, of the host's part, and those of plain SGD beside them."""
+
+    times: list[float] = field(default_factory=list)
+    hosts: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    peak: int | None = None
+    joules: float | None = None
+    kernels: dict[str, tuple[int, float]] | None = None
+
+    def row(self, case: str, facts: dict[str, Any], cuda: bool) -> Row:
+        median = statistics.median(self.times)
+        return Row(
+            **facts,
+            case=case,
+            median_ms=median * 1e3,
+            ratio=median / statistics.median(self.beside),
+            examples_per_s=facts["batch_size"] / median,
+            peak_bytes=self.peak,
+            joules=self.joules,
+            host_ms=statistics.median(self.hosts) * 1e3 if cuda else None,
+            kernels=None if self.kernels is None else sum(count for count, _ in self.kernels.values()),
+            device_ms=None if self.kernels is None else sum(ms for _, ms in self.kernels.values()),
+        )
+
+
+def measure(model: str, batch: int, precision: str, args: argparse.Namespace) -> Iterator[dict[str, Seen]]:
+    """Every case of one model, batch size and precision, as far as they are measured after each group."""
     device = torch.device(args.device)
     x, y = _batch(model, batch, precision, args)
-    steps: dict[str, Step] = {}
-    peaks: dict[str, int | None] = {}
-    for case, make in cases(args.formats, not args.no_peers, device.type == "cuda").items():
-        try:
-            if args.memory and device.type == "cpu":
-                peaks[case] = _resident(case, model, batch)
-            steps[case] = make(_network(model, precision, device), x, y)
-            for _ in range(args.warmup):
-                steps[case]()
-            if device.type == "cuda":
-                peaks[case] = _peak(steps[case])
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            steps.pop(case, None)
-            print(f"# {model} {batch} {case}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
-    cuda = device.type == "cuda"
-    times: dict[str, list[tuple[float, float]]] = {case: [] for case in steps}
-    started = time.perf_counter()
-    while len(times["plain SGD"]) < args.repeats and time.perf_counter() - started < args.seconds:
+    seen: dict[str, Seen] = {}
+    plain_step: dict[str, Step] = {}
+    for group in groups(args.formats, not args.no_peers, device.type == "cuda"):
+        if time.perf_counter() - _STARTED > args.within:
+            break
+        steps = dict(plain_step)
+        for case, make in (group if steps else {"plain SGD": plain} | group).items():
+            found = Seen()
+            try:
+                if args.memory and device.type == "cpu":
+                    found.peak = _resident(case, model, batch)
+                steps[case], peak = _built(make, model, precision, x, y, args.warmup)
+                found.peak = found.peak or peak
+                seen[case] = found
+            except RuntimeError as error:  # also for want of memory
+                print(f"# {model} {batch} {case}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        plain_step = {"plain SGD": steps["plain SGD"]}
+        _take_turns(steps, seen, device, args)
+        del steps
+        _give_back(device)
+        yield seen
+
+
+def _take_turns(steps: dict[str, Step], seen: dict[str, Seen], device: torch.device, args: argparse.Namespace) -> None:
+    started, beside = time.perf_counter(), seen["plain SGD"].times[:0]
+    while len(beside) < args.repeats and time.perf_counter() - started < args.seconds:
         for case, step in steps.items():
-            times[case].append(_seconds(step, device))
-    medians = {case: statistics.median(seconds for seconds, _ in t) for case, t in times.items()}
-    hosts = {case: statistics.median(host for _, host in t) for case, t in times.items()}
-    energy = {case: _joules(step, device) for case, step in steps.items()} if args.energy and cuda else {}
-    launched = {case: _kernels(step) for case, step in steps.items()} if args.kernels and cuda else {}
-    facts = {"model": model, "batch_size": batch, "precision": precision}
-    profiles += [facts | {"case": case, "kernels": found} for case, found in launched.items()]
-    return [
-        Row(
-            model=model,
-            batch_size=batch,
-            case=case,
-            median_ms=m * 1e3,
-            ratio=m / medians["plain SGD"],
-            examples_per_s=batch / m,
-            peak_bytes=peaks.get(case),
-            joules=energy.get(case),
-            precision=precision,
-            host_ms=hosts[case] * 1e3 if cuda else None,
-            kernels=sum(count for count, _ in launched[case].values()) if case in launched else None,
-            device_ms=sum(ms for _, ms in launched[case].values()) if case in launched else None,
-        )
-        for case, m in medians.items()
-    ]
+            seconds, host = _seconds(step, device)
+            seen[case].times.append(seconds)
+            seen[case].hosts.append(host)
+            if case == "plain SGD":
+                beside.append(seconds)
+    for case, step in steps.items():
+        seen[case].beside += beside
+        if device.type == "cuda" and args.energy:
+            seen[case].joules = _joules(step, device)
+        if device.type == "cuda" and args.kernels:
+            seen[case].kernels = _kernels(step)
+
+
+def _built(make: Make, model: str, precision: str, x: Tensor, y: Tensor, warmup: int) -> tuple[Step, int | None]:
+    """A case ready to be timed, and on CUDA the most that it holds during a step."""
+    if not x.is_cuda:
+        step = make(_network(model, precision, x.device), x, y)
+        for _ in range(warmup):
+            step()
+        return step, None
+    _give_back(x.device)
+    before = torch.cuda.memory_allocated() + _set_aside()
+    step = make(_network(model, precision, x.device), x, y)
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return step, torch.cuda.max_memory_allocated() + _set_aside() - before
+
+
+def _set_aside() -> int:
+    """Bytes that graphs keep for their replays, and that count as free while none runs."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+
+
+def _give_back(device: torch.device) -> None:
+    """Frees what nothing refers to any more: modules and their hooks refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _network(model: str, precision: str, device: torch.device) -> nn.Module:
@@ -289,16 +379,6 @@ def _seconds(step: Step, device: torch.device) -> tuple[float, float]:
     return begin.elapsed_time(end) / 1e3, launched
 
 
-def _peak(step: Step) -> int:
-    """Memory of one step on the device beyond what was there before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def _resident(case: str, model: str, batch: int) -> int:
     """Most memory that a process holds that takes some steps of one case and nothing else."""
     words = [sys.executable, __file__, *sys.argv[1:], "--alone", case, "--models", model, "--batch-sizes", str(batch)]
@@ -309,7 +389,10 @@ def alone(case: str, args: argparse.Namespace) -> None:
     """Takes some steps of one case and prints what the process held at most, in bytes."""
     (model,), (batch,), precision = args.models, args.batch_sizes, args.precision[0]
     x, y = _batch(model, batch, precision, args)
-    step = cases(args.formats, True, False)[case](_network(model, precision, torch.device("cpu")), x, y)
+    makes = {"plain SGD": plain} | {
+        name: make for group in groups(args.formats, True, False) for name, make in group.items()
+    }
+    step = makes[case](_network(model, precision, torch.device("cpu")), x, y)
     for _ in range(10):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -361,7 +444,10 @@ def main() -> None:
     parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=120.0, help="at most, per model and batch size")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of turns at most, per few cases of a model and batch"
+    )
+    parser.add_argument("--within", type=float, default=86400.0, help="seconds after which no group is begun")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Full backward hook")
@@ -372,26 +458,41 @@ def main() -> None:
         return
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, kept: {kept}")
-    rows: list[Row] = []
-    profiles: list[dict[str, Any]] = []
+    facts = {"machine": machine, "torch": torch.__version__, "arguments": vars(args)}
+    whole: list[tuple[dict[str, Any], dict[str, Seen]]] = []
     for model, precision, batch in product(args.models, args.precision, args.batch_sizes):
-        found = measure(model, batch, precision, args, profiles)
-        rows += found
-        print(f"\n{model}, {precision}, batch {batch}")
-        for r in found:
-            peak = "" if r.peak_bytes is None else f" {r.peak_bytes / 2**20:9.0f} MiB"
-            if r.peak_bytes is not None and found[0].peak_bytes is not None:
-                peak += f" {r.peak_bytes / found[0].peak_bytes:5.2f}x"
-            peak += "" if r.joules is None else f" {r.joules:8.2f} J"
-            peak += "" if r.device_ms is None else f" {r.device_ms:9.2f} ms in {r.kernels} kernels"
-            print(f"  {r.case:28s} {r.median_ms:10.2f} ms {r.ratio:6.2f}x {r.examples_per_s:10.0f}/s{peak}", flush=True)
+        whole.append(({"model": model, "precision": precision, "batch_size": batch}, {}))
+        for seen in measure(model, batch, precision, args):
+            whole[-1] = whole[-1][0], seen
+            _write(whole, facts, args)
+        if whole[-1][1]:
+            print(f"\n{model}, {precision}, batch {batch}")
+            _print([found.row(case, whole[-1][0], args.device == "cuda") for case, found in whole[-1][1].items()])
+
+
+def _print(rows: list[Row]) -> None:
+    plain_peak = rows[0].peak_bytes
+    for r in rows:
+        peak = "" if r.peak_bytes is None else f" {r.peak_bytes / 2**20:9.0f} MiB"
+        if r.peak_bytes is not None and plain_peak:
+            peak += f" {r.peak_bytes / plain_peak:5.2f}x"
+        peak += "" if r.joules is None else f" {r.joules:8.2f} J"
+        peak += "" if r.device_ms is None else f" {r.device_ms:9.2f} ms in {r.kernels} kernels"
+        print(f"  {r.case:28s} {r.median_ms:10.2f} ms {r.ratio:6.2f}x {r.examples_per_s:10.0f}/s{peak}", flush=True)
+
+
+def _write(
+    whole: list[tuple[dict[str, Any], dict[str, Seen]]], facts: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """The files as of now: a run that is stopped loses what it was at."""
+    each = [(keys, case, found) for keys, seen in whole for case, found in seen.items()]
     if args.out:
+        rows = [asdict(found.row(case, keys, args.device == "cuda")) for keys, case, found in each]
         with open(args.out, "w") as stream:
-            facts = {"machine": machine, "torch": torch.__version__, "arguments": vars(args)}
-            json.dump(facts | {"rows": [asdict(r) for r in rows]}, stream, indent=1)
+            json.dump(facts | {"rows": rows}, stream, indent=1)
     if args.kernels:
         with open(args.kernels, "w") as stream:
-            json.dump(profiles, stream)
+            json.dump([keys | {"case": case, "kernels": found.kernels} for keys, case, found in each], stream)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ class GraphedBackward:
             return result
         if batch.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # other threads may go on meanwhile: NCCL's asks for events, a loader's pins memory
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 batch.result = self._work(batch)
             batch.graph = graph
         batch.graph.replay()
