@@ -354,6 +354,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "mxfp8": "mxfp8_e4m3",
         "mxfp6": "mxfp6_e3m2",
         "mxfp4": "mxfp4_e2m1",
+        "int4_luq": "int4",
     }
 )
 """Short names for people."""

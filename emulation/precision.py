@@ -178,6 +178,7 @@ def _recipe(name: str, forward: Format | str, backward: Format | str | None = No
 PRESETS: Mapping[str, LayerPrecision] = MappingProxyType(
     {
         "luq_fp4": _recipe("luq_fp4", "luq_fp4"),
+        "int4_luq": _recipe("int4_luq", "int4", "luq_fp4"),
         "fp8": _recipe("fp8", "float8_e4m3fn", "float8_e5m2"),
         "mxfp8": _recipe("mxfp8", "mxfp8_e4m3"),
         "mxfp4": _recipe("mxfp4", "mxfp4_e2m1"),
@@ -187,9 +188,11 @@ PRESETS: Mapping[str, LayerPrecision] = MappingProxyType(
 """Recipes by name.
 
 ``luq_fp4``: the 4-bit logarithmic grid of LUQ (arXiv 2112.10769) for all three, forward to nearest, gradients
-stochastic. ``fp8``: E4M3 forward, E5M2 gradients (arXiv 2209.05433). ``mxfp8``: E4M3 with MX scales for all three
-(arXiv 2506.08027). ``mxfp4``: E2M1 with MX scales, gradients stochastic (after arXiv 2502.20586). ``nvfp4``: NVIDIA's
-training recipe (arXiv 2509.25149): square weight blocks, stochastic gradients, rotated weight-gradient operands.
+stochastic. ``int4_luq``: as that paper has it, that grid for the gradients alone and uniform int4 forward (scaled by
+the largest magnitude, where the paper clips by statistics); no chip multiplies the two, so it is timed as int4.
+``fp8``: E4M3 forward, E5M2 gradients (arXiv 2209.05433). ``mxfp8``: E4M3 with MX scales for all three (arXiv
+2506.08027). ``mxfp4``: E2M1 with MX scales, gradients stochastic (after arXiv 2502.20586). ``nvfp4``: NVIDIA's training
+recipe (arXiv 2509.25149): square weight blocks, stochastic gradients, rotated weight-gradient operands.
 """
 
 

@@ -18,14 +18,20 @@ def keys(quantizer: Quantizer, role: int, tensor: Tensor) -> Tensor | None:
 
 
 def test_presets_say_what_their_recipes_say() -> None:
-    assert set(PRESETS) == {"luq_fp4", "fp8", "mxfp8", "mxfp4", "nvfp4"}
+    assert set(PRESETS) == {"luq_fp4", "int4_luq", "fp8", "mxfp8", "mxfp4", "nvfp4"}
     for name, precision in PRESETS.items():
         assert precision.name == name
         assert not precision.mixes_examples
         assert precision.weight.rounding == precision.input.rounding == "nearest_even"
-    assert {n for n, p in PRESETS.items() if p.grad_output.rounding == "stochastic"} == {"luq_fp4", "mxfp4", "nvfp4"}
+    stochastic = {n for n, p in PRESETS.items() if p.grad_output.rounding == "stochastic"}
+    assert stochastic == {"luq_fp4", "int4_luq", "mxfp4", "nvfp4"}
     assert {n for n, p in PRESETS.items() if p.blocks} == {"mxfp8", "mxfp4", "nvfp4"}
     assert PRESETS["fp8"].grad_output.element.name == "float8_e5m2"
+    assert PRESETS["int4_luq"].grad_output == PRESETS["luq_fp4"].grad_output
+    assert (PRESETS["int4_luq"].weight, PRESETS["int4_luq"].input) == (
+        layer_precision("int4").weight,
+        Quantizer("int4"),
+    )
     assert PRESETS["nvfp4"].hadamard
     assert PRESETS["nvfp4"].weight.square_blocks
 
