@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,48 +13,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dpquant import allocator, privacy, sensitivity
-from dpquant import analysis as analyses
-from dpquant import clipping as clip
+from dpquant.budget import planned_budget
+from dpquant.clipping import PrivateOptimizer
 from dpquant.distributed import ALONE, Processes
+from dpquant.evidence import Evidence
 from dpquant.goal import Goal
-from dpquant.graphs import GraphedBackward
-from dpquant.modelled import ModelledRun
+from dpquant.modelled import Epoch, ModelledRun, adding_unit
+from dpquant.private_parts import check_parameters, private_parts
 from dpquant.public_numbers import public_numbers
-from dpquant.released import ReleasedMoments, observe
-from dpquant.sampling import PoissonSampler, poisson_draw, private_loader
-from dpquant.spending import AccountedOptimizer, Spending, arithmetic
+from dpquant.sampling import poisson_draw
+from dpquant.spending import Spending, arithmetic
 from dpquant.streams import fresh_root, stream, stream_seed
 from emulation import layers
-from emulation.errors import InputError, suggestion
+from emulation.errors import InputError
 from hwmodels import cost, planner
 from hwmodels.profile import Basis, HardwareProfile, load_profile
 from hwmodels.workload import trace
-
-ACCUMULATIONS = ("float32", "hardware")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """One epoch of the schedule: what is quantized in it, and what the hardware model says of that.
-
-    Attributes:
-        index: from 0.
-        plan: layer name -> number format; the layers that are not in it run in full precision.
-        estimate: modelled time, energy and memory of one step under the plan, analyses not included.
-        speedup: modelled speedup over full precision, the analyses' time included.
-        sensitivities: layer name (with several formats ``layer:format``) -> smoothed private loss impact that the
-            draw used; None where none was released.
-        analysed: whether a sensitivity analysis ran at the start of this epoch.
-        analysis_wall_s: how long that took on this machine.
-    """
-
-    index: int
-    plan: planner.PrecisionPlan
-    estimate: cost.Estimate
-    speedup: float
-    sensitivities: Mapping[str, float] | None
-    analysed: bool
-    analysis_wall_s: float = 0.0
 
 
 class DPQuantEngine:
@@ -113,16 +87,9 @@ class DPQuantEngine:
             layers=None if layers is None else tuple(layers),
             beta=beta,
         )
-        if accumulate not in ACCUMULATIONS:
-            raise InputError(f"unknown accumulate={accumulate!r}", hint=suggestion(accumulate, ACCUMULATIONS))
         self.profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
         self.basis: Basis = cost.checked_basis(self.profile, basis)
-        if accumulate == "hardware" and self.profile.matrix_unit is None:
-            raise InputError(
-                f"accumulate='hardware': how {self.profile.name} adds is not publicly described",
-                hint="use accumulate='float32'",
-            )
-        self._unit = self.profile.matrix_unit or "float32" if accumulate == "hardware" else "float32"
+        self._unit = adding_unit(self.profile, accumulate)
         self.formats = (format,) if isinstance(format, str) else tuple(dict.fromkeys(format))
         if not self.formats:
             raise InputError("format=[] holds no format", hint="such as 'nvfp4', or ['fp8', 'nvfp4']")
@@ -136,9 +103,7 @@ class DPQuantEngine:
         self._same_arithmetic = True
         self.step = self.epoch = 0
         self.sensitivities: dict[str, float] | None = None
-        self._probed: dict[str, float] | None = None
         self._seconds: list[float] = []  # modelled, of every epoch's steps so far
-        self._moments: ReleasedMoments | None = None
 
     # --- before training
 
@@ -159,7 +124,7 @@ class DPQuantEngine:
         clipping: str = "bookkeeping",
         max_physical_batch_size: int | None = None,
         cuda_graphs: bool = True,
-    ) -> tuple[nn.Module, clip.PrivateOptimizer, Callable[..., Tensor], DataLoader[Any]]:
+    ) -> tuple[nn.Module, PrivateOptimizer, Callable[..., Tensor], DataLoader[Any]]:
         """Prepares a private run: refuses what cannot be reached, solves for the noise, wraps the loop's four parts.
 
         Args:
@@ -187,12 +152,7 @@ class DPQuantEngine:
         """
         if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise InputError(f"max_grad_norm={max_grad_norm} must be above 0")
-        for name, p in module.named_parameters():
-            if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
-                raise InputError(
-                    f"parameter {name!r} is {p.dtype}: the sum of gradients and its noise need float32",
-                    hint="module.float(); quantization is per layer, by format",
-                )
+        check_parameters(module)
         numbers = public_numbers(
             data_loader, sample_rate=sample_rate, expected_batch_size=expected_batch_size, epochs=epochs
         )
@@ -201,51 +161,52 @@ class DPQuantEngine:
         self.dataset_size, self.delta = numbers.dataset_size, target_delta
         self.analyses_planned = sum(self._due(epoch) for epoch in range(epochs))
         self._plan_hardware(module, data_loader, clipping)
-        self._plan_noise(target_epsilon, noise_multiplier)
+        self._budget = planned_budget(
+            numbers,
+            self.analysis,
+            self.analyses_planned,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            accountant=self.accountant,
+        )
+        self.target_epsilon, self.noise_multiplier = target_epsilon, self._budget.noise_multiplier
+        self.last_step, self.plan_ledger = numbers.steps, self._budget.ledger(self.analyses_planned)
         if self.keep_freed_memory and next(module.parameters()).device.type == "cpu":
             allocator.keep_freed_memory()
-        private = clip.private_module(
-            layers.quantize_model(module, self.formats[0], unit=self._unit), clipping=clipping
-        )
-        self._module = module
-        self._criterion = clip.private_criterion(criterion)
-        self._optimizer = AccountedOptimizer(
-            optimizer,
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=self.expected_batch_size,
-            module=private,
-        )
-        self._optimizer.before_noise = self._before_noise
-        self._optimizer.processes = self.processes
-        if self.goal.scheduler == "dpquant" and self.analysis.estimator != "probe":
-            self._optimizer.attach_step_hook(self._observe)
-        self._max_grad_norm, self._max_physical_batch_size = max_grad_norm, max_physical_batch_size
+        self._module = layers.quantize_model(module, self.formats[0], unit=self._unit)
         self._examples = len(data_loader.dataset)  # type: ignore[arg-type]
         self._plan: Mapping[str, str] = {}
-        sampler = PoissonSampler(
-            size=self._examples,
-            sample_rate=self.sample_rate,
+        self._parts = parts = private_parts(
+            module=self._module,
+            optimizer=optimizer,
+            criterion=criterion,
+            data_loader=data_loader,
+            budget=self._budget,
             root=self._root,
-            steps=lambda: range(self.step, min((self.epoch + 1) * self.steps_per_epoch, self.last_step)),
-            inside=lambda inside: self._quantize(self._plan if inside else {}),
+            steps=lambda: range(self.step, self._end()),
+            inside=lambda inside: layers.set_plan(self._module, self._plan if inside else {}),
+            max_grad_norm=max_grad_norm,
+            clipping=clipping,
+            max_physical_batch_size=max_physical_batch_size,
+            cuda_graphs=cuda_graphs,
+            before_noise=self._before_noise,
+            on_batch=self._key_rounding,
             processes=self.processes,
         )
-        self.processes.agree("what they train", self._examples, self.sample_rate, self.plan_ledger)
-        self.processes.agree("the model they start from", tensors=private.parameters())
-        self._loader = private_loader(
-            data_loader,
-            sampler,
-            on_batch=self._key_rounding,
-            optimizer=self._optimizer,
-            max_physical_batch_size=max_physical_batch_size,
+        self._evidence = Evidence(
+            self.analysis,
+            self.modelled.policies,
+            self._module,
+            noise_std=self.noise_multiplier * max_grad_norm / self.expected_batch_size,
+            expected_batch_size=self.expected_batch_size,
         )
-        self._private, self._graphed = private, None
-        if cuda_graphs and clipping == "bookkeeping" and next(module.parameters()).is_cuda:
-            expected = -(-self.expected_batch_size // self.processes.size)
-            most = max_physical_batch_size
-            self._graphed = GraphedBackward(private, self._criterion, self._optimizer, expected, most)
-        return private, self._optimizer, self._criterion, self._loader
+        if self.goal.scheduler == "dpquant" and self.analysis.estimator != "probe":
+            parts.optimizer.attach_step_hook(self._evidence.observe)
+        self._max_grad_norm, self._max_physical_batch_size = max_grad_norm, max_physical_batch_size
+        self.processes.agree("what they train", self._examples, self.sample_rate, self.plan_ledger)
+        self.processes.agree("the model they start from", tensors=parts.module.parameters())
+        return parts.module, parts.optimizer, parts.criterion, parts.loader
 
     def backward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Forward, loss and backward of one batch, as ``criterion(module(inputs), targets).backward()`` is them.
@@ -261,18 +222,12 @@ class DPQuantEngine:
         Returns:
             The module's outputs [B, ...] and the mean loss, both without gradient.
         """
-        if self._graphed is not None:
-            return self._graphed(inputs, targets)
-        outputs = self._private(inputs)
-        loss = self._criterion(outputs, targets)
-        loss.backward()
-        return outputs.detach(), loss.detach()
+        return self._parts.backward(inputs, targets)
 
     def _plan_hardware(self, module: nn.Module, loader: DataLoader[Any], clipping: str) -> None:
         """Models the workload and refuses a target that no plan can meet."""
-        example = loader.dataset[0][0]
         self.modelled = ModelledRun(
-            workload=trace(module, example.unsqueeze(0), self.expected_batch_size),
+            workload=trace(module, loader.dataset[0][0].unsqueeze(0), self.expected_batch_size),
             profile=self.profile,
             formats=self.formats,
             basis=self.basis,
@@ -286,28 +241,6 @@ class DPQuantEngine:
         self.reach = self.modelled.reach()
         self.goal.check(self.modelled, self.reach)
 
-    def _plan_noise(self, target_epsilon: float | None, noise_multiplier: float | None) -> None:
-        """Solves for the noise of training with every planned analysis composed in."""
-        if (target_epsilon is None) == (noise_multiplier is None):
-            raise InputError("give one of target_epsilon and noise_multiplier")
-        self.target_epsilon = target_epsilon
-        self.last_step = steps = self.epochs_planned * self.steps_per_epoch
-        planned = self.analysis_event(self.analyses_planned) if self.analyses_planned else None
-        if noise_multiplier is None:
-            assert target_epsilon is not None
-            noise_multiplier = privacy.calibrate_noise(
-                target_epsilon=target_epsilon,
-                target_delta=self.delta,
-                sample_rate=self.sample_rate,
-                steps=steps,
-                analyses=[planned] if planned else [],
-                accountant=self.accountant,
-            )
-        self.noise_multiplier = noise_multiplier
-        training = self._training_event(steps)
-        events = (training, planned) if planned else (training,)
-        self.plan_ledger = privacy.PrivacyLedger(events=events)
-
     # --- while training
 
     def epochs(self) -> Iterator[Epoch]:
@@ -320,10 +253,10 @@ class DPQuantEngine:
             started = time.perf_counter()
             analysed = self._due(self.epoch)
             if analysed:
-                self._probed = self._analyse()
-            self.sensitivities = self.processes.broadcast(self._estimate())
+                self._analyse()
+            self.sensitivities = self.processes.broadcast(self._evidence.sensitivities())
             del self._seconds[self.epoch :]
-            end = min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
+            end = self._end()
             self._plan = plan = self._draw(end)
             estimate = self.estimate(plan)
             self._seconds.append((end - self.step) * estimate.step_s)
@@ -381,8 +314,7 @@ class DPQuantEngine:
             "root": self._root,
             "epoch": epochs_done,
             "seconds": self._seconds[:epochs_done],
-            "sensitivities": self._probed,
-            "moments": None if self._moments is None else vars(self._moments),
+            **self._evidence.state(),
             "ledger": self.ledger.to_json_lines(),
             "last_step": self.last_step,
             "arithmetic": self._arithmetic(),
@@ -392,10 +324,9 @@ class DPQuantEngine:
         """Sets the engine to what :meth:`state` gave."""
         self._root, self.epoch = state["root"], state["epoch"]
         self.step = self.epoch * self.steps_per_epoch
-        self._probed = self.sensitivities = state["sensitivities"]
+        self._evidence.load_state(state)
+        self.sensitivities = self._evidence.probed
         self._seconds = list(state["seconds"])
-        moments = state.get("moments")
-        self._moments = None if moments is None else ReleasedMoments(**moments)
         self.spending.ledger = privacy.PrivacyLedger.from_json_lines(state["ledger"])
         self._same_arithmetic = state.get("arithmetic") == self._arithmetic()
         self._end_at(state.get("last_step", self.last_step))
@@ -410,10 +341,11 @@ class DPQuantEngine:
                 written by, repeated steps are counted again. A checkpoint is then to be written before the first step.
             append: puts an event on record, of one step or of some that are about to be taken.
         """
-        repeats = self._repeats_to_the_bit()
+        repeats = self._same_arithmetic and self._arithmetic() is not None
         self.spending.write_ahead(written, append, repeats_to_the_bit=repeats)
         if not repeats:
-            self._stop_within_budget()
+            due = sum(self._due(epoch) for epoch in range(self.epoch, self.epochs_planned))
+            self._end_at(self.step + self._budget.affordable(self.ledger, self.last_step - self.step, due))
 
     # --- details
 
@@ -421,26 +353,12 @@ class DPQuantEngine:
         probes = self.goal.scheduler == "dpquant" and self.analysis.estimator != "released"
         return probes and epoch % self.analysis.interval == 0
 
-    def _repeats_to_the_bit(self) -> bool:
-        return self._same_arithmetic and self._arithmetic() is not None
+    def _end(self) -> int:
+        """The step that the epoch ends before."""
+        return min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
 
     def _arithmetic(self) -> str | None:
         return arithmetic(next(self._module.parameters()).device, self.processes.size)
-
-    def _stop_within_budget(self) -> None:
-        """Moves the last step to where the target is spent, if steps were counted twice; due analyses stay paid for."""
-        if self.target_epsilon is None or self.step >= self.last_step:
-            return
-        due = sum(self._due(epoch) for epoch in range(self.epoch, self.epochs_planned))
-        reserved = self.ledger.record(self.analysis_event(due)) if due else self.ledger
-        affordable = privacy.steps_within(
-            reserved,
-            self._training_event(self.last_step - self.step),
-            target_epsilon=self.target_epsilon,
-            target_delta=self.delta,
-            accountant=self.accountant,
-        )
-        self._end_at(self.step + affordable)
 
     def _end_at(self, last_step: int) -> None:
         """Ends the run there: what analyses are left count against the speedup of the steps that are left."""
@@ -448,73 +366,33 @@ class DPQuantEngine:
         analyses = sum(self._due(epoch) for epoch in range(-(-last_step // self.steps_per_epoch)))
         self.modelled = replace(self.modelled, steps=max(1, last_step), analyses=analyses)
 
-    def _training_event(self, steps: int) -> privacy.PrivacyEvent:
-        return privacy.PrivacyEvent(
-            mechanism="training",
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=self.sample_rate,
-            steps=steps,
-        )
-
     def analysis_event(self, times: int) -> privacy.PrivacyEvent:
         """What ``times`` analyses spend."""
-        return self.analysis.event(self.dataset_size, times)
+        return self._budget.analyses(times)
 
     def _before_noise(self) -> torch.Generator:
         if self.step >= self.last_step:
             raise RuntimeError(f"all {self.step} planned steps are taken: a further one would exceed the budget")
-        upcoming = min((self.epoch + 1) * self.steps_per_epoch, self.last_step) - self.step
-        self.spending.spend(self._training_event(1), upcoming)
+        self.spending.spend(self._budget.training(1), upcoming=self._end() - self.step)
         generator = stream(self._root, "noise", self.step, device=next(self._module.parameters()).device)
         self.step += 1
         return generator
 
-    def _quantize(self, plan: Mapping[str, str]) -> None:
-        layers.set_plan(self._module, plan)
+    def _key_rounding(self, ids: Tensor) -> None:
+        layers.set_rounding(self._module, seed=stream_seed(self._root, "rounding"), step=self.step, example_ids=ids)
 
-    def _key_rounding(self, example_ids: Tensor) -> None:
-        layers.set_rounding(
-            self._module, seed=stream_seed(self._root, "rounding"), step=self.step, example_ids=example_ids
-        )
-
-    def _analyse(self) -> dict[str, float]:
-        """One private analysis of every policy, smoothed over the earlier ones."""
+    def _analyse(self) -> None:
+        """One private analysis of every policy, on record before its noise is drawn."""
         event = self.analysis_event(1)
-        sampling = stream(self._root, "analysis-sampling", self.epoch)
-        chosen = poisson_draw(self._examples, event.sample_rate, sampling)
+        chosen = poisson_draw(self._examples, event.sample_rate, stream(self._root, "analysis-sampling", self.epoch))
         self.spending.spend(event)
-        released = analyses.probe(
-            self._module,
-            self._losses,
+        loader = self._parts.loader
+        self._evidence.probe(
+            self._parts.losses,
             chosen,
-            lambda part: self._loader.collate_fn(self._loader.dataset.__getitems__(part.tolist())),  # type: ignore[attr-defined]
-            list(self.modelled.policies.values()),
-            self.analysis,
+            lambda part: loader.collate_fn(loader.dataset.__getitems__(part.tolist())),  # type: ignore[attr-defined]
             stream(self._root, "analysis-noise", self.epoch),
             max_grad_norm=self._max_grad_norm,
             max_physical_batch_size=self._max_physical_batch_size,
             processes=self.processes,
         )
-        now = dict(zip(self.modelled.policies, released.tolist(), strict=True))
-        return sensitivity.smooth(self._probed, now, self.analysis.decay)
-
-    def _observe(self, optimizer: object) -> None:
-        """Keeps averages of what a step has just released."""
-        gradients = {n: p.grad for n, p in self._module.named_parameters() if p.grad is not None}
-        self._moments = observe(self._moments, gradients)
-
-    def _estimate(self) -> dict[str, float] | None:
-        noise_std = self.noise_multiplier * self._max_grad_norm / self.expected_batch_size
-        return analyses.estimate(
-            self.analysis,
-            self._probed,
-            self._moments,
-            self._module,
-            self.modelled.policies,
-            noise_std=noise_std,
-            expected_batch_size=self.expected_batch_size,
-        )
-
-    def _losses(self, module: nn.Module, batch: Any) -> Tensor:
-        inputs, targets = batch
-        return self._criterion.per_example(module(inputs), targets)

@@ -9,11 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from dpquant.sensitivity import AnalysisSettings, layer_policies
+from emulation.errors import InputError, suggestion
 from emulation.formats import get_format
 from hwmodels import cost, ladder, planner
 from hwmodels.profile import Basis, HardwareProfile
 from hwmodels.step import StepOptions
 from hwmodels.workload import Workload
+
+ACCUMULATIONS = ("float32", "hardware")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,3 +123,43 @@ class ModelledRun:
 
     def _choices(self, order: Sequence[str]) -> list[tuple[str, str]]:
         return [choice for name in order for choice in self.policies[name].items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch of the schedule: what is quantized in it, and what the hardware model says of that.
+
+    Attributes:
+        index: from 0.
+        plan: layer name -> number format; the layers that are not in it run in full precision.
+        estimate: modelled time, energy and memory of one step under the plan, analyses not included.
+        speedup: modelled speedup over full precision, the analyses' time included.
+        sensitivities: layer name (with several formats ``layer:format``) -> smoothed private loss impact that the
+            draw used; None where none was released.
+        analysed: whether a sensitivity analysis ran at the start of this epoch.
+        analysis_wall_s: how long that took on this machine.
+    """
+
+    index: int
+    plan: planner.PrecisionPlan
+    estimate: cost.Estimate
+    speedup: float
+    sensitivities: Mapping[str, float] | None
+    analysed: bool
+    analysis_wall_s: float = 0.0
+
+
+def adding_unit(profile: HardwareProfile, accumulate: str) -> str:
+    """Name of the matrix unit that quantized GEMMs add as: ``float32``, or with ``hardware`` the chip's own.
+
+    Raises:
+        InputError: ``accumulate`` is neither, or how the chip adds is not known.
+    """
+    if accumulate not in ACCUMULATIONS:
+        raise InputError(f"unknown accumulate={accumulate!r}", hint=suggestion(accumulate, ACCUMULATIONS))
+    if accumulate == "hardware" and profile.matrix_unit is None:
+        raise InputError(
+            f"accumulate='hardware': how {profile.name} adds is not publicly described",
+            hint="use accumulate='float32'",
+        )
+    return profile.matrix_unit or "float32" if accumulate == "hardware" else "float32"

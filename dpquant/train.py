@@ -25,7 +25,8 @@ from dpquant import ledger_file, models, privacy
 from dpquant.config import RunConfig
 from dpquant.data import DataSettings, Splits, load_data
 from dpquant.distributed import ALONE, Processes
-from dpquant.engine import DPQuantEngine, Epoch
+from dpquant.engine import DPQuantEngine
+from dpquant.modelled import Epoch
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder
 from dpquant.sensitivity import AnalysisSettings
 from dpquant.streams import fresh_root, stream_seed

@@ -161,16 +161,16 @@ def test_steps_counted_twice_end_the_run_at_the_last_affordable_one(monkeypatch)
         )
         return engine, parts
 
-    monkeypatch.setattr(DPQuantEngine, "_repeats_to_the_bit", lambda self: False)
+    monkeypatch.setattr(DPQuantEngine, "_arithmetic", lambda self: None)
     stopped, parts = budgeted()
     run(stopped, parts, stop_after=1)
-    crashed = stopped.ledger.record(stopped._training_event(4))  # four steps of the third epoch, after the checkpoint
+    crashed = stopped.ledger.record(stopped._budget.training(4))  # four steps of the third epoch, after the checkpoint
     resumed, parts = budgeted()
     resumed.load_state(stopped.state(2))
     resumed.write_ahead(crashed, lambda event: None)
     epochs = run(resumed, parts)
     assert resumed.step == resumed.last_step < 4 * resumed.steps_per_epoch
     assert resumed.epsilon() <= 8.0
-    one_more = resumed.ledger.record(resumed._training_event(1))
+    one_more = resumed.ledger.record(resumed._budget.training(1))
     assert len(epochs) == 2
     assert privacy.epsilon(one_more, 1e-3, "rdp") > 8.0

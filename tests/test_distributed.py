@@ -333,9 +333,9 @@ def test_steps_repeated_by_another_arithmetic_count_again_and_the_end_that_they_
         return made
 
     first = engine()
-    first.spending.spend(first._training_event(first.steps_per_epoch))
+    first.spending.spend(first._budget.training(first.steps_per_epoch))
     state = first.state(1)
-    written = first.ledger.record(first._training_event(2))  # two steps into the second epoch it was stopped
+    written = first.ledger.record(first._budget.training(2))  # two steps into the second epoch it was stopped
     repeating = engine(state)
     repeating.write_ahead(written, lambda event: None)
     assert repeating.ledger == first.ledger

@@ -157,10 +157,10 @@ def test_it_ranks_layers_as_their_true_impact_does_and_the_first_order_term_does
     found, first_order = [], []
     for seed in range(4):
         engine, module, batch = trained(seed)
-        moments = engine._moments
+        moments = engine._evidence.moments
         for fmt in ("luq_fp4", "mxfp4", "nvfp4"):
             policies = list(layer_policies(engine.workload.quantizable, [fmt]).values())
-            true = loss_differences(module, engine._losses, batch, policies).mean(0)
+            true = loss_differences(module, engine._parts.losses, batch, policies).mean(0)
             errors = squared_errors(module, fmt)
             nearest = replace(layer_precision(fmt).weight, rounding="nearest_even")
             released = loss_impacts(moments, errors, noise_std=1 / 128, expected_batch_size=128)
