@@ -5,7 +5,7 @@
 set -u # what fails leaves the rest to be measured
 out=$1 name=${2:-h200} part=${3:-both}
 python=${PYTHON:-python}
-export PYTHONPATH=.
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 
 steps() { # file, models, precisions, batch sizes, further arguments
