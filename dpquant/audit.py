@@ -103,9 +103,8 @@ def pair(
     """
     planned = train.prepare(config)
     if mechanism == "analysis" and not planned.engine.analyses_planned:
-        raise InputError(
-            f"scheduler={planned.engine.goal.scheduler!r} makes no analyses", hint="audit the training mechanism"
-        )
+        made = f"scheduler={planned.engine.goal.scheduler!r}, estimator={planned.engine.analysis.estimator!r}"
+        raise InputError(f"{made} makes no analyses", hint="audit the training mechanism")
     engine = planned.engine
     batch = engine.expected_batch_size if mechanism == "training" else engine.analysis.expected_batch_size
     size = min(examples or batch, len(planned.splits.train))

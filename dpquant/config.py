@@ -127,8 +127,8 @@ SPECIFICATION = Fields(
                 "expected_batch_size": replace(_COUNT, doc="of the Poisson sample that is analysed"),
                 "decay": Number(minimum=0, below=1, doc="of the moving average over analyses", required=False),
                 "estimator": Text(
-                    choices=("probe", "released", "both"),
-                    doc="probe: private analyses; released: free, from released gradients; both: their average",
+                    choices=("released", "probe", "both"),
+                    doc="released: free, from released gradients; probe: private, paid-for analyses; both: their average",
                     required=False,
                 ),
                 "probe": Text(
@@ -170,7 +170,10 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """Equal for configurations that train the same: name, place of data, device, speed and defaults aside."""
-        decisive = _set({key: value for key, value in self.data.items() if key != "name"}, DEFAULTS)
+        data = {key: value for key, value in self.data.items() if key != "name"}
+        if self["schedule"]["scheduler"] != "dpquant":  # nothing is estimated
+            data["analysis"] = {**self["analysis"], "estimator": "probe"}
+        decisive = _set(data, _UNSAID)
         for section, key in _INDIFFERENT:
             decisive.get(section, {}).pop(key, None)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -226,13 +229,16 @@ DEFAULTS: dict[str, Any] = {
         "max_norm": 0.1,
         "expected_batch_size": 256,
         "decay": 0.5,
-        "estimator": "probe",
+        "estimator": "released",
         "probe": "forward",
         "probe_steps": 4,
         "probe_learning_rate": 0.5,
     },
     "seed": None,
 }
+
+# What a digest leaves unsaid: the defaults, but for one that has changed since the first results were written.
+_UNSAID = {**DEFAULTS, "analysis": {**DEFAULTS["analysis"], "estimator": "probe"}}
 
 # (section, keys that exclude each other)
 _ALTERNATIVES = (

@@ -20,7 +20,7 @@ from dpquant.privacy import PrivacyEvent
 from emulation import layers
 from emulation.errors import InputError, suggestion
 
-Estimator = Literal["probe", "released", "both"]
+Estimator = Literal["released", "probe", "both"]
 Probe = Literal["forward", "training"]
 Policy = Mapping[str, Any]
 """Layer name to format, as ``emulation.set_plan`` takes it; the layers not named stay in full precision."""
@@ -37,8 +37,9 @@ class AnalysisSettings:
             jointly.
         expected_batch_size: expected size of the Poisson sample, a public number.
         decay: weight of the past in the exponential moving average of the releases, in [0, 1); 0 uses the newest alone.
-        estimator: ``probe``: these analyses; ``released``: no analysis and no budget, an estimate from the noisy
-            gradients that training releases; ``both``: their average.
+        estimator: ``released``: no analysis and no budget, an estimate from the noisy gradients that training
+            releases; ``probe``: these analyses, which the noise of training pays for (where data or budget are small,
+            dearly); ``both``: their average.
         probe: ``forward``: loss differences without training, clipped per example (sensitivity C_m); ``training``:
             loss differences after some steps under each policy, clipped as one vector (sensitivity 2 C_m).
         probe_steps: gradient steps of ``probe: training``.
@@ -53,7 +54,7 @@ class AnalysisSettings:
     max_norm: float = 0.1
     expected_batch_size: int = 256
     decay: float = 0.5
-    estimator: Estimator = "probe"
+    estimator: Estimator = "released"
     probe: Probe = "forward"
     probe_steps: int = 4
     probe_learning_rate: float = 0.5

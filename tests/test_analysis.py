@@ -35,7 +35,7 @@ def private(settings, epochs=4, module=None):
         seed=0,
         accountant="rdp",
         scheduler="dpquant",
-        analysis=AnalysisSettings(interval=2, expected_batch_size=24, **settings),
+        analysis=AnalysisSettings(**{"estimator": "probe", "interval": 2, "expected_batch_size": 24} | settings),
     )
     module = network() if module is None else module
     parts = engine.make_private(

@@ -24,7 +24,7 @@ format: {format}
 schedule: {{scheduler: {scheduler}, fraction: 0.5}}
 training: {{epochs: 2, batch_size: 64, dataset_size: 1437, optimizer: sgd, learning_rate: 0.5, max_grad_norm: {norm}}}
 privacy: {{noise_multiplier: {noise}, target_delta: 1e-5}}
-analysis: {{interval: 1, noise_multiplier: {noise}, max_norm: 0.02, expected_batch_size: 64}}
+analysis: {{estimator: probe, interval: 1, noise_multiplier: {noise}, max_norm: 0.02, expected_batch_size: 64}}
 seed: 0
 """
 

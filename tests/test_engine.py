@@ -41,7 +41,7 @@ def data(size: int = SIZE) -> TensorDataset:
 
 def engine(**changes: Any) -> DPQuantEngine:
     given: dict[str, Any] = {"hardware": "b200", "basis": "peak", "fraction": 0.5, "seed": 0, "accountant": "rdp"}
-    given |= {"analysis": AnalysisSettings(interval=2, expected_batch_size=16)}
+    given |= {"analysis": AnalysisSettings(estimator="probe", interval=2, expected_batch_size=16)}
     return DPQuantEngine(**(given | changes))
 
 
@@ -227,10 +227,30 @@ def test_the_draw_prefers_layers_that_were_found_insensitive() -> None:
     assert set(e._draw(1)) == {"6"}
 
 
+@pytest.mark.parametrize("scheduler", ["annealed", "delayed"])
+@pytest.mark.parametrize("goal", [{"fraction": 0.5}, {"fraction": None, "target_speedup": 1.02}])
+def test_a_resumed_run_goes_on_choosing_the_same_epochs(scheduler: str, goal: dict[str, Any]) -> None:
+    def made() -> tuple[DPQuantEngine, Any]:
+        e = engine(scheduler=scheduler, **goal)
+        return e, private(e, epochs=6)
+
+    whole, parts = made()
+    plans = [dict(epoch.plan) for epoch in run(whole, parts)]
+    full, most = plans[::-1][:2], plans[:2]
+    if scheduler == "delayed":
+        full, most = most, full
+    assert not any(full)
+    assert most[0].keys() == most[1].keys() == whole.reach.plan.keys() if "target_speedup" in goal else most[0]
+    for stop in (1, 3, 5):
+        resumed, parts = made()
+        resumed.load_state(whole.state(stop))
+        assert [dict(epoch.plan) for epoch in run(resumed, parts)] == plans[stop:]
+
+
 @pytest.mark.parametrize("settings", [{"scheduler": "pls"}, {"scheduler": "static"}, {"scheduler": "dpquant"}])
 @pytest.mark.parametrize("format", ["luq_fp4", ["bf16", "fp8", "nvfp4"]])
 def test_the_whole_run_meets_its_target_within_a_hundredth(settings: dict[str, Any], format: Any) -> None:
-    analysis = AnalysisSettings(interval=3, expected_batch_size=16)
+    analysis = AnalysisSettings(estimator="probe", interval=3, expected_batch_size=16)
     e, epochs = engine(fraction=None, target_speedup=1.03, format=format, analysis=analysis, **settings), 7
     parts = private(e, epochs=epochs, sample_rate=0.05, expected_batch_size=256)
     seen = run(e, parts)
@@ -327,7 +347,7 @@ def test_virtual_batches_change_nothing_analyses_included(probe: Any) -> None:
         e = engine(
             scheduler="dpquant",
             fraction=1.0,
-            analysis=AnalysisSettings(expected_batch_size=24, probe=probe, interval=1),
+            analysis=AnalysisSettings(estimator="probe", expected_batch_size=24, probe=probe, interval=1),
         )
         module = network()
         parts = private(e, module, max_physical_batch_size=part, epochs=2, noise_multiplier=0.1)

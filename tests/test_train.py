@@ -28,7 +28,7 @@ format: luq_fp4
 schedule: {scheduler: dpquant, fraction: 0.5}
 training: {epochs: 4, batch_size: 150, dataset_size: 1500, learning_rate: 0.5, max_grad_norm: 1.0}
 privacy: {target_epsilon: 8.0, target_delta: 1e-4, accountant: rdp}
-analysis: {interval: 2, expected_batch_size: 64}
+analysis: {estimator: probe, interval: 2, expected_batch_size: 64}
 seed: 3
 """
 
@@ -128,7 +128,7 @@ def test_a_run_with_a_ladder_adamw_and_a_target_goes_on_to_the_same_bits(tmp_pat
         .replace("epochs: 4", "epochs: 3, optimizer: adamw, weight_decay: 0.01")
         .replace("learning_rate: 0.5", "learning_rate: 0.005")
         .replace("fraction: 0.5", "target_speedup: 1.03")
-        .replace("interval: 2", "interval: 2, estimator: both")
+        .replace("estimator: probe", "estimator: both")
     )
     training, folder = start(tmp_path, "whole", text)
     with folder:

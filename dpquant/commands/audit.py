@@ -51,7 +51,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     config = load_config(args.config)
     mechanisms = [args.mechanism] if args.mechanism else ["training", "analysis"]
-    if args.mechanism is None and config["schedule"]["scheduler"] != "dpquant":
+    analysed = config["schedule"]["scheduler"] == "dpquant" and config["analysis"]["estimator"] != "released"
+    if args.mechanism is None and not analysed:
         mechanisms.remove("analysis")
     results = [_audit(config, mechanism, args, out) for mechanism in mechanisms]
     violated = any(r.violated for r in results)
