@@ -128,7 +128,7 @@ SPECIFICATION = Fields(
                 "decay": Number(minimum=0, below=1, doc="of the moving average over analyses", required=False),
                 "estimator": Text(
                     choices=("released", "probe", "both"),
-                    doc="released: free, from released gradients; probe: private, paid-for analyses; both: their average",
+                    doc="released: free, from released gradients; probe: private analyses; both: their average",
                     required=False,
                 ),
                 "probe": Text(
