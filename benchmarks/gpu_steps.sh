@@ -6,7 +6,7 @@
 # The most important come first, and what was measured is written at once: a run that is stopped loses little.
 set -u # what fails leaves the rest to be measured
 out=$1 part=${2:-ab}
-export PYTHONPATH=.
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 
 steps() { # file, seconds, models, batch sizes
