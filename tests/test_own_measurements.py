@@ -20,7 +20,7 @@ def lines(name: str) -> list[str]:
     for row in validate(load_profile(name), read_measurements(TABLE)):
         cells = [name, row["format"], str(row["n"]), f"{row['mape_percent']:.1f} ({row['median_percent']:.1f})"]
         cells += [f"{row['rank_correlation']:.3f}", f"{row['roofline_mape_percent']:.0f}"]
-        cells += [f"{row['power_mape_percent']:.1f}", f"{row['energy_mape_percent']:.1f}"]
+        cells += [f"{row[key]:.1f}" if key in row else "" for key in ("power_mape_percent", "energy_mape_percent")]
         found.append("| " + " | ".join(cells) + " |")
     return found
 
