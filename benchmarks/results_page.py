@@ -23,7 +23,6 @@ from dpquant.sweep_results import SweepResult
 
 PAGE = ROOT / "docs" / "results.md"
 PLOTS = ROOT / "docs" / "results"
-LAYERS = {"fashion": 4, "cifar10": 8}
 INTRODUCTION = """What was trained to find out whether scheduling saves accuracy under FP4, where, and what it buys on
 real chips. `python benchmarks/results_page.py` writes this page from the files under `benchmarks/results` (one line a
 run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the last
@@ -62,7 +61,6 @@ GROUPS = (
             "words_main",
             "fashion_adam",
             "cifar10_finetune",
-            "fashion_nonprivate",
             "cifar10_nonprivate",
         ),
     ),
@@ -127,7 +125,7 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     parts: list[str] = []
     text = """The best fixed choice is chosen on the first half of the seeds and judged on the second; choosing and
     judging on the same runs would favour it."""
-    for key, layers in LAYERS.items():
+    for key, layers in findings.LAYERS.items():
         if f"{key}_main" in found and f"{key}_subsets" in found:
             parts += ["", f"### {TITLES[f'{key}_subsets']}: the best of them against the schedulers", "", prose(text)]
             parts += ["", best_static(found[f"{key}_main"], found[f"{key}_subsets"], layers)]
@@ -221,9 +219,8 @@ def differences_plot(found: Mapping[str, Evidence]) -> str | None:
     for name, evidence in found.items():
         if not name.endswith(("_main", "_time")):
             continue
-        averages = [value for said, value in scheduler_averages(evidence) if "static" in said]
-        names = ("pls", "dpquant, probe", "dpquant, released")
-        series = {n: {"": v} for n, v in zip(names, averages, strict=False) if v.low is not None}
+        averages = [(c.short, value) for c, value in scheduler_averages(evidence) if c.other == "static"]
+        series = {name: {"": value} for name, value in averages if value.low is not None}
         if series:
             panels.append(Panel(title=TITLES[name].removeprefix("Schedulers on "), places=[""], series=series))
     return dots(panels, "points of test accuracy over static, a fixed random choice", zero=True) if panels else None

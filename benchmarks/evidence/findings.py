@@ -9,9 +9,10 @@ from dpquant.statistics import Sample, sample
 from . import chips, variance_tables
 from .files import Evidence, average
 from .markdown import difference, interval, verdict
-from .sweep_tables import PUBLISHED, TITLES, probe_costs, scheduler_averages
+from .sweep_tables import PUBLISHED, TITLES, best_choices, probe_costs, scheduler_averages
 
-DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits"}
+DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text, with DP-Adam"}
+LAYERS = {"fashion": 4, "cifar10": 8}
 
 
 def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
@@ -22,25 +23,22 @@ def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
 def _scheduling(found: Mapping[str, Evidence]) -> str:
     said = [
         "**Does a changing choice of layers save accuracy?** Quantizing a layer to FP4 costs accuracy; the schedulers "
-        "decide which layers it costs. `static` draws them once, `pls` anew every epoch, `dpquant` anew with a "
-        "preference for layers that a private measurement found insensitive."
+        "decide which layers it costs, or when. `static` draws them once, `pls` anew every epoch, `dpquant` anew with "
+        "a preference for layers that were found insensitive, by a private probe or from gradients that training "
+        "releases anyway; `annealed` quantizes all of them in the first epochs and none in the last, `delayed` the "
+        "reverse."
     ]
     if anchors := _anchors(found):
         said.append(f"Full precision first meets what was published: {anchors}.")
     for key, data in DATA.items():
-        main = found.get(f"{key}_main")
-        if main is None:
-            continue
-        values = [(text, value) for text, value in scheduler_averages(main) if value.sign is not None]
-        if not values:
-            said.append(f"On {data} there are too few seeds yet to say anything.")
-            continue
-        shown = "; ".join(f"{text}: {difference(value)}" for text, value in values)
-        clear = [f"{text} is {verdict(value)}" for text, value in values if value.sign]
-        said.append(
-            f"On {data}, in points of test accuracy averaged over all budgets and fractions: {shown}. "
-            + (f"So {'; '.join(clear)}." if clear else "None of these differences is shown to be other than zero.")
-        )
+        if f"{key}_main" in found:
+            said.append(_compared(data, found[f"{key}_main"]))
+    if "cifar10_time" in found:
+        said.append(_compared("CIFAR-10 at equal modelled time", found["cifar10_time"]))
+    elsewhere = _elsewhere(found)
+    if elsewhere:
+        said.append(f"Annealed less static elsewhere: {elsewhere}.")
+    said += _best_choices(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
         if cost.sign:
             said.append(
@@ -49,6 +47,50 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
                 f"released gradients accuracy changes by {difference(cost)} points."
             )
     return " ".join(said)
+
+
+def _compared(data: str, evidence: Evidence) -> str:
+    """What one sweep shows of the schedulers: each clear difference, and how large the others may be at most."""
+    values = [(c.said, value) for c, value in scheduler_averages(evidence) if value.sign is not None]
+    if not values:
+        return f"On {data} there are too few seeds yet to say anything."
+    text = f"On {data}, in points of test accuracy averaged over all settings, "
+    clear = [f"{said} is {verdict(value)}: {difference(value)}" for said, value in values if value.sign]
+    open_ = [value for _, value in values if not value.sign]
+    if clear:
+        text += "; ".join(clear) + "."
+    if open_:
+        least, most = min(v.low or 0.0 for v in open_), max(v.high or 0.0 for v in open_)
+        among = f"the other {len(open_)} comparisons" if clear else f"{len(open_)} comparisons"
+        span = f"their intervals lie between {100 * least:+.2f} and {100 * most:+.2f}"
+        text += f"{' Of' if clear else 'of'} {among} none shows a difference; {span}."
+    return text
+
+
+def _elsewhere(found: Mapping[str, Evidence]) -> str:
+    parts = []
+    for name, evidence in found.items():
+        if name.endswith(("_main", "_time")) or "schedule.scheduler" not in evidence.sweep.keys:
+            continue
+        for comparison, value in scheduler_averages(evidence):
+            if (comparison.scheduler, comparison.other) == ("annealed", "static") and value.sign is not None:
+                parts.append(f"{TITLES[name]} {difference(value)}, {verdict(value)}")
+    return "; ".join(parts)
+
+
+def _best_choices(found: Mapping[str, Evidence]) -> list[str]:
+    """Annealed against the fixed choices that are known to be the best."""
+    said = []
+    for key, layers in LAYERS.items():
+        if f"{key}_main" not in found or f"{key}_subsets" not in found:
+            continue
+        for best in best_choices(found[f"{key}_main"], found[f"{key}_subsets"], layers):
+            if best.settings["schedule.scheduler"] == "annealed" and best.difference.sign is not None:
+                said.append(
+                    f"On {DATA[key]}, against the fixed {len(best.layers)} of {layers} layers that did best on other "
+                    f"seeds, annealed: {difference(best.difference)}, {verdict(best.difference)}."
+                )
+    return said
 
 
 def _anchors(found: Mapping[str, Evidence]) -> str:

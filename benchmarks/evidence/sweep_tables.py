@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dpquant.statistics import Sample, paired, sample
@@ -21,15 +22,14 @@ TITLES = {
     "cifar10_main": "Schedulers on CIFAR-10",
     "digits_main": "Schedulers on the digits",
     "digits_schedulers": "Schedulers on the digits, the demonstration",
-    "fashion_subsets": "Every fixed choice of Fashion-MNIST's layers",
-    "cifar10_subsets": "Fixed choices of CIFAR-10's layers",
+    "fashion_subsets": "Every fixed choice of two or three of Fashion-MNIST's layers",
+    "cifar10_subsets": "Every fixed choice of seven of CIFAR-10's layers",
     "cifar10_time": "Schedulers on CIFAR-10 at equal modelled time",
     "cifar10_ablation": "Settings of the dpquant scheduler on CIFAR-10",
     "digits_ablation": "Settings of the dpquant scheduler on the digits",
     "fashion_formats": "Formats on Fashion-MNIST",
     "cifar10_formats": "Formats on CIFAR-10",
     "fashion_accumulate": "The chips' own accumulation",
-    "fashion_nonprivate": "Without privacy: Fashion-MNIST",
     "cifar10_nonprivate": "Without privacy: CIFAR-10",
     "fashion_adam": "DP-Adam on Fashion-MNIST",
     "cifar10_vit": "A vision transformer on CIFAR-10, DP-Adam",
@@ -144,11 +144,20 @@ def anchors(found: Mapping[str, Evidence]) -> str:
 # --- best static choice, known beforehand
 
 
-def best_static(main: Evidence, subsets: Evidence, layers: int) -> str:
-    """The best fixed choice of each size, chosen on the first half of the seeds and judged on the second."""
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The fixed choice that did best on some seeds, and what a scheduler gains on it on others."""
+
+    layers: list[str]
+    accuracy: Sample
+    settings: Settings
+    difference: Sample
+
+
+def best_choices(main: Evidence, subsets: Evidence, layers: int) -> Iterator[Best]:
+    """Of each size, the best fixed choice on the first half of the seeds, against every scheduler on the second."""
     seeds = sorted({run.seed for run in subsets.sweep.runs})
     choosing, judging = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
-    rows = []
     for count in range(1, layers + 1):
         fixed = [p for p in subsets.sweep.points.values() if len(p["schedule.layers"]) == count]
         scores = {i: _over(subsets.accuracies(p), choosing) for i, p in enumerate(fixed)}
@@ -160,19 +169,35 @@ def best_static(main: Evidence, subsets: Evidence, layers: int) -> str:
         for settings in main.points(target_epsilon=epsilon):
             if settings["schedule.scheduler"] == "full" or round(settings["schedule.fraction"] * layers) != count:
                 continue
-            versus = paired({s: a for s, a in main.accuracies(settings).items() if s in judging}, own)
-            rows.append(
-                [
-                    f"{count} of {layers}",
-                    ", ".join(best["schedule.layers"]),
-                    mean(sample(list(own.values()))),
-                    f"`{settings['schedule.scheduler']}`, {settings['analysis.estimator']}",
-                    difference(versus),
-                    verdict(versus),
-                ]
+            theirs = {s: a for s, a in main.accuracies(settings).items() if s in judging}
+            yield Best(
+                layers=best["schedule.layers"],
+                accuracy=sample(list(own.values())),
+                settings=settings,
+                difference=paired(theirs, own),
             )
+
+
+def best_static(main: Evidence, subsets: Evidence, layers: int) -> str:
+    """The best fixed choice of each size, chosen on the first half of the seeds and judged on the second."""
+    rows = [
+        [
+            f"{len(best.layers)} of {layers}",
+            ", ".join(best.layers),
+            mean(best.accuracy),
+            f"`{_scheduler(best.settings)}`",
+            difference(best.difference),
+            verdict(best.difference),
+        ]
+        for best in best_choices(main, subsets, layers)
+    ]
     titles = ["layers", "best fixed choice", "its accuracy, %", "scheduler", "scheduler less choice, points", ""]
     return table(titles, rows, right=(2, 4)) if rows else "Not enough runs yet."
+
+
+def _scheduler(settings: Settings) -> str:
+    name = str(settings["schedule.scheduler"])
+    return f"{name}, {settings['analysis.estimator']}" if name == "dpquant" else name
 
 
 def _over(accuracies: Mapping[int, float], seeds: list[int]) -> float | None:
@@ -183,30 +208,65 @@ def _over(accuracies: Mapping[int, float], seeds: list[int]) -> float | None:
 # --- what the schedulers come to, over all settings of a sweep
 
 
-SCHEDULERS = (
-    ("pls", "probe", "static", "redrawn uniformly (pls) less fixed at random (static)"),
-    ("dpquant", "probe", "static", "dpquant with the private probe less static"),
-    ("dpquant", "released", "static", "dpquant from released gradients less static"),
-    ("dpquant", "probe", "pls", "dpquant with the private probe less pls"),
-    ("dpquant", "released", "pls", "dpquant from released gradients less pls"),
-)
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One scheduler less another.
+
+    Attributes:
+        scheduler: what is compared.
+        estimator: of its sensitivities, for dpquant.
+        other: what it is compared with.
+        short: its name in a plot.
+        said: its name in a sentence.
+    """
+
+    scheduler: str
+    estimator: str | None = None
+    other: str = "static"
+    short: str
+    said: str
 
 
-def scheduler_averages(evidence: Evidence) -> Iterator[tuple[str, Sample]]:
-    """Each comparison of schedulers, averaged over a sweep's settings."""
-    has_estimator = "analysis.estimator" in evidence.sweep.keys
-    for scheduler, estimator, other, said in SCHEDULERS:
-        if not has_estimator and estimator != "probe":
+COMPARISONS = (
+    Comparison(scheduler="pls", short="pls", said="redrawn uniformly (pls) less fixed at random (static)"),
+    Comparison(
+        scheduler="dpquant", estimator="probe", short="dpquant, probe",
+        said="dpquant with the private probe less static",
+    ),
+    Comparison(
+        scheduler="dpquant", estimator="released", short="dpquant, released",
+        said="dpquant from released gradients less static",
+    ),
+    Comparison(scheduler="annealed", short="annealed", said="all at first, none at the end (annealed) less static"),
+    Comparison(scheduler="delayed", short="delayed", said="none at first, all at the end (delayed) less static"),
+    Comparison(
+        scheduler="dpquant", estimator="probe", other="pls", short="", said="dpquant with the private probe less pls"
+    ),
+    Comparison(
+        scheduler="dpquant", estimator="released", other="pls", short="",
+        said="dpquant from released gradients less pls",
+    ),
+    Comparison(scheduler="annealed", other="pls", short="", said="annealed less pls"),
+    Comparison(scheduler="annealed", other="delayed", short="", said="annealed less delayed"),
+)  # fmt: skip
+
+
+def scheduler_averages(evidence: Evidence) -> Iterator[tuple[Comparison, Sample]]:
+    """Each comparison of schedulers, averaged over a sweep's settings.
+
+    Sweeps that do not vary the estimator have the free one; those that do say ``probe`` of every other scheduler.
+    """
+    varied = "analysis.estimator" in evidence.sweep.keys
+    for comparison in COMPARISONS:
+        if not varied and comparison.estimator == "probe":
             continue
-        wanted = {"estimator": estimator} if has_estimator else {}
-        pairs = []
-        for here in evidence.points(scheduler=scheduler, **wanted):
-            changed = {"schedule.scheduler": other} | ({"analysis.estimator": "probe"} if has_estimator else {})
-            there = {**here, **changed}
-            if there in evidence.sweep.points.values():
-                pairs.append((here, there))
+        wanted = {"estimator": comparison.estimator or "probe"} if varied else {}
+        changed = {"schedule.scheduler": comparison.other} | ({"analysis.estimator": "probe"} if varied else {})
+        known = list(evidence.sweep.points.values())
+        here = evidence.points(scheduler=comparison.scheduler, **wanted)
+        pairs = [(point, there) for point in here if (there := {**point, **changed}) in known]
         if pairs:
-            yield said, average(evidence, pairs)
+            yield comparison, average(evidence, pairs)
 
 
 def probe_costs(found: Mapping[str, Evidence]) -> Iterator[tuple[str, float, float, float, Sample]]:
@@ -238,10 +298,10 @@ def probe_table(found: Mapping[str, Evidence]) -> str:
 def averages_table(found: Mapping[str, Evidence]) -> str:
     """Every comparison of schedulers over every sweep that varies them."""
     rows = [
-        [TITLES.get(name, name), said, f"{value.n}", difference(value), verdict(value)]
+        [TITLES.get(name, name), comparison.said, f"{value.n}", difference(value), verdict(value)]
         for name, evidence in found.items()
         if "schedule.scheduler" in evidence.sweep.keys and name != "digits_schedulers"
-        for said, value in scheduler_averages(evidence)
+        for comparison, value in scheduler_averages(evidence)
         if value.n
     ]
     titles = ["sweep", "comparison", "seeds", "difference, points", ""]
