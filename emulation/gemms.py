@@ -181,6 +181,8 @@ class WeightGradient:
         conv: the geometry of a convolution, None for Linear.
         rows: whether the operands are already unfolded into one pair of matrices per example (and group); T is the
             reduction axis inside an example (tokens, positions).
+        channels_last: whether the columns of such an ``x`` lie kernel positions first and channels innermost, instead
+            of in the order of the weight's elements.
     """
 
     weight: Tensor
@@ -188,6 +190,7 @@ class WeightGradient:
     grad_output: Tensor
     conv: ConvGeometry | None
     rows: bool = False
+    channels_last: bool = False
 
     @property
     def groups(self) -> int:
@@ -264,6 +267,9 @@ class WeightGradient:
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
+        if self.channels_last:
+            inputs, outputs = self.matrices()
+            return self._as_weights(torch.bmm(outputs.transpose(1, 2), inputs))
         result = self.x.new_empty(self.batch_size, *self.weight.shape)
         start = 0
         for part in self._parts():
@@ -313,9 +319,16 @@ class WeightGradient:
                 h.transpose(0, 1).reshape(g, -1, h.shape[-1]).transpose(1, 2),
                 x.transpose(0, 1).reshape(g, -1, x.shape[-1]),
             )
-            return product.reshape(self.weight.shape)
+            return self._as_weights(product)[0]
         scaled = outputs * factors.reshape(-1, *[1] * (outputs.dim() - 1))
         return grad_weight(inputs, scaled, self.weight, self.conv)
+
+    def _as_weights(self, products: Tensor) -> Tensor:
+        """[N * groups, out / groups, columns of x] as [N, *weight.shape]."""
+        shape = self.weight.shape
+        if self.channels_last:
+            products = products.unflatten(2, (*shape[2:], shape[1])).movedim(-1, 2)
+        return products.reshape(-1, *shape)
 
     def without(self, dropped: Tensor) -> WeightGradient:
         """The same with the examples that the mask ``dropped`` [B] marks replaced by zeros."""

@@ -101,6 +101,25 @@ def quantize_blocks(
     return True
 
 
+def usable() -> bool:
+    """Whether there is a library."""
+    return _library() is not None
+
+
+def unfold_and_rotate(image: Tensor, out: Tensor, walk: tuple[int, ...]) -> None:
+    """Rows of kernel positions of ``image``, 16 at a time rotated; see rotation.py.
+
+    Args:
+        image: float32 of the CPU, [B, height, width, channels], C-contiguous.
+        out: [B, groups, T padded to a multiple of 16, kernel * channels / groups], the same.
+        walk: height, width, channels, groups; then two each of kernel, stride, padding, dilation and positions.
+    """
+    library = _library()
+    assert library is not None
+    numbers = (ctypes.c_int64 * len(walk))(*walk)
+    library.unfold_and_rotate(image.data_ptr(), out.data_ptr(), len(image), numbers, *_team(out.numel()))
+
+
 def empty_like(x: Tensor) -> Tensor:
     """``torch.empty_like``, for results: large ones in large pages, which cost a fraction of the usual page faults."""
     result = torch.empty_like(x)
@@ -169,6 +188,10 @@ def _library() -> ctypes.CDLL | None:
         pointer, pointer, form, form, *[integer] * 5, pointer, pointer, integer, pointer, ctypes.c_int32,
     ]  # fmt: skip
     library.blocks.restype = None
+    library.unfold_and_rotate.argtypes = [
+        pointer, pointer, integer, ctypes.POINTER(integer), pointer, ctypes.c_int32,
+    ]  # fmt: skip
+    library.unfold_and_rotate.restype = None
     library.large_pages.argtypes, library.large_pages.restype = [pointer, integer], None
     if not _agrees(library):
         _LOG.warning("quantize.c, as %s compiled it, differs from torch's operations, which are used instead", compiler)

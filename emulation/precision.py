@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import MappingProxyType
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from emulation.errors import InputError, suggestion
 from emulation.formats import ALIASES, FORMATS, BlockFormat, Format, get_format
 from emulation.gemms import ConvGeometry, WeightGradient
 from emulation.quantizer import Granularity, Quantizer
+from emulation.rotation import Unfolding
 
 # What is quantized, as a number that keys stochastic rounding: the same tensor may be quantized along two axes.
 X_OUTPUT, W_OUTPUT, G_INPUT, W_INPUT, X_WEIGHT, G_WEIGHT = range(6)
@@ -23,8 +20,7 @@ WEIGHT_ROLES = (W_OUTPUT, W_INPUT)
 Keys = Callable[[Quantizer, int, Tensor], Tensor | None]
 """quantizer, role, tensor -> a rounding key per index of the tensor's first dimension; None where none is needed."""
 
-TILE = 16
-"""Width of the Hadamard rotation."""
+_CACHED = 1 << 17  # elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +90,16 @@ class LayerPrecision:
             xq = _along_tokens(self.input, X_WEIGHT, x, conv, keys)
             return replace(plain, x=xq, grad_output=_along_tokens(self.grad_output, G_WEIGHT, grad_output, conv, keys))
         # the rotation does not commute with a convolution's shifts: it acts on the unfolded operands
-        n, groups, (x_rows, g_rows) = plain.batch_size, plain.groups, plain.matrices()
+        in_weight_order = self.input.rounding == "stochastic"  # random bits go by position
+        inputs = Unfolding(x, conv, in_weight_order=in_weight_order)
+        outputs = grad_output if conv is None else grad_output.flatten(2)
+        gradients = Unfolding(outputs, None if conv is None else _points(conv.groups), in_weight_order=True)
         return replace(
             plain,
-            x=_rotated_rows(self.input, X_WEIGHT, x_rows, (n, groups), keys),
-            grad_output=_rotated_rows(self.grad_output, G_WEIGHT, g_rows, (n, groups), keys),
+            x=_rotated(self.input, X_WEIGHT, inputs, plain.x, keys),
+            grad_output=_rotated(self.grad_output, G_WEIGHT, gradients, grad_output, keys),
             rows=True,
+            channels_last=inputs.channels_last,
         )
 
 
@@ -124,28 +124,24 @@ def _along_tokens(quantizer: Quantizer, role: int, x: Tensor, conv: ConvGeometry
     return quantized.reshape(x.shape)
 
 
-def _rotated_rows(quantizer: Quantizer, role: int, rows: Tensor, unit: tuple[int, int], keys: Keys) -> Tensor:
-    """Rotates and quantizes [examples * groups, T, features] along T; ``unit`` is (examples, groups)."""
-    rotated = rotate(rows)
-    by_example = rotated.reshape(*unit, *rotated.shape[1:])
-    return quantizer.fake_quantize(by_example, keys=keys(quantizer, role, by_example), axis=2).reshape(rotated.shape)
+def _points(groups: int) -> ConvGeometry:
+    """That walks over every position by itself."""
+    return ConvGeometry(kernel=(1,), stride=(1,), padding=(0,), dilation=(1,), groups=groups)
 
 
-@lru_cache(maxsize=8)
-def _rotation(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The 16 x 16 orthogonal matrix diag(signs) H / 4, with the signs of NVIDIA's recipe (arXiv 2509.25149)."""
-    h = torch.ones(1, 1, dtype=dtype)
-    for _ in range(int(math.log2(TILE))):
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
-    signs = torch.tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1], dtype=dtype)
-    return (signs.unsqueeze(1) * h / 4).to(device)
-
-
-def rotate(matrices: Tensor) -> Tensor:
-    """[N, T, features] -> [N, T padded with zeros to a multiple of 16, features], each 16 rows rotated."""
-    padded = F.pad(matrices, (0, 0, 0, -matrices.shape[1] % TILE))
-    tiles = padded.unflatten(1, (-1, TILE))
-    return _rotation(matrices.dtype, matrices.device).t().matmul(tiles).flatten(1, 2)
+def _rotated(quantizer: Quantizer, role: int, rows: Unfolding, like: Tensor, keys: Keys) -> Tensor:
+    """Rotates and quantizes along T: [examples * groups, T, features]."""
+    out = like.new_empty(rows.shape)
+    key = keys(quantizer, role, out)
+    count = len(out)
+    if out.device.type == "cpu" and not quantizer.mixes_examples:  # so many at a time as stay in the cache
+        count = max(1, _CACHED // max(out.shape[1:].numel(), 1))
+    for first in range(0, len(out), count):
+        part = slice(first, first + count)
+        rows.write(out[part], part)
+        own = key[part] if key is not None and key.dim() else key
+        quantizer.fake_quantize(out[part], keys=own, axis=2, out=out[part])
+    return out.flatten(0, 1)
 
 
 def _recipe(name: str, forward: Format | str, backward: Format | str | None = None) -> LayerPrecision:

@@ -337,6 +337,7 @@ typedef struct Work {
     const uint64_t *keys;
     int64_t per_key;
     float scale, factor;
+    const struct Walk *walk;
     int32_t found; /* the largest bits, or whether there was a NaN */
 } Work;
 
@@ -418,6 +419,96 @@ void blocks(const float *x, float *out, const Format *f, const Format *block_for
         item = elements / units;
     }
     share(&w, item, team, threads);
+}
+
+/* --- unfolded rows, 16 positions at a time times diag(signs) H / 4: see rotation.py ------------------------------- */
+
+enum { TILE = 16, SPAN = 256 }; /* rows rotated together; columns at a time */
+typedef float Lanes __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
+static const float SIGNS[TILE] = {1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1};
+
+/* Of an image [height, width, channels] and a convolution over it. */
+typedef struct Walk {
+    int64_t height, width, channels, groups, kernel[2], stride[2], padding[2], dilation[2], positions[2];
+} Walk;
+
+#define STAGE(APART)                                                                                               \
+    _Pragma("GCC unroll 16") for (int t = 0; t < TILE; t++) if (!(t & APART)) {                                    \
+        const Lanes a = v[t], b = v[t + APART];                                                                    \
+        v[t] = a + b, v[t + APART] = a - b;                                                                        \
+    }
+
+/* Columns of 16 rows, in [TILE][SPAN], into rows of a matrix that lie `apart` elements apart. */
+static void rotate_columns(const float *in, float *out, int64_t columns, int64_t apart) {
+    for (int64_t c = 0; c < columns; c += TILE) {
+        Lanes v[TILE];
+        _Pragma("GCC unroll 16") for (int t = 0; t < TILE; t++) v[t] = *(const Lanes *)(in + t * SPAN + c) * SIGNS[t];
+        STAGE(1) STAGE(2) STAGE(4) STAGE(8)
+        for (int t = 0; t < TILE; t++) v[t] *= 0.25f;
+        if (columns - c >= TILE)
+            _Pragma("GCC unroll 16") for (int t = 0; t < TILE; t++) *(Lanes *)(out + t * apart + c) = v[t];
+        else
+            for (int t = 0; t < TILE; t++) memcpy(out + t * apart + c, v + t, (size_t)(columns - c) * 4);
+    }
+}
+
+INLINE int64_t within(int64_t n, int64_t low, int64_t high) { return n < low ? low : n > high ? high : n; }
+
+/* Tiles first..last of out [images, groups, tiles, TILE, kernel * channels / groups]. */
+static void part_rotated(Work *w, int64_t first, int64_t last) {
+    const Walk g = *w->walk;
+    const int64_t positions = g.positions[0] * g.positions[1], tiles = (positions + TILE - 1) / TILE;
+    const int64_t own = g.channels / g.groups, features = g.kernel[0] * g.kernel[1] * own;
+    /* what lies in a row in memory: a kernel's row of all channels, or one kernel position's channels */
+    const int dense = g.groups == 1 && g.dilation[1] == 1;
+    const int64_t length = dense ? g.kernel[1] * own : own, runs = features / length;
+    float columns[TILE * SPAN] __attribute__((aligned(64)));
+    memset(columns, 0, sizeof columns);
+    for (int64_t item = first; item < last; item++) {
+        const int64_t group = item / tiles % g.groups;
+        const float *image = w->x + item / tiles / g.groups * (g.height * g.width * g.channels);
+        float *out = w->out + item * TILE * features;
+        int64_t top[TILE], left[TILE], filled = 0;
+        for (int t = 0; t < TILE; t++) {
+            const int64_t position = item % tiles * TILE + t;
+            top[t] = position / g.positions[1] * g.stride[0] - g.padding[0];
+            left[t] = position % g.positions[1] * g.stride[1] - g.padding[1];
+            if (position >= positions) top[t] = INT32_MIN; /* a row of zeros */
+        }
+        for (int64_t r = 0; r < runs; r++) {
+            const int64_t down = (dense ? r : r / g.kernel[1]) * g.dilation[0];
+            const int64_t right = dense ? 0 : r % g.kernel[1] * g.dilation[1];
+            for (int64_t a = 0, count; a < length; a += count) {
+                count = length - a < SPAN - filled ? length - a : SPAN - filled;
+                for (int t = 0; t < TILE; t++) {
+                    const int64_t y = top[t] + down, x = left[t] + right, wide = dense ? g.kernel[1] : 1;
+                    const int inside = y >= 0 && y < g.height;
+                    const int64_t begin = within(-x * own, a, a + count); /* columns that are not padding */
+                    const int64_t end = inside ? within((g.width - x < wide ? g.width - x : wide) * own, begin, a + count) : begin;
+                    float *to = columns + t * SPAN + filled - a;
+                    for (int64_t i = a; i < begin; i++) to[i] = 0.0f;
+                    if (end > begin)
+                        memcpy(to + begin, image + (y * g.width + x) * g.channels + group * own + begin,
+                               (size_t)(end - begin) * 4);
+                    for (int64_t i = end; i < a + count; i++) to[i] = 0.0f;
+                }
+                filled += count;
+                if (filled == SPAN || (r == runs - 1 && a + count == length)) {
+                    rotate_columns(columns, out, filled, features);
+                    out += filled;
+                    filled = 0;
+                }
+            }
+        }
+    }
+}
+
+/* x [images, height, width, channels] unfolded into rows of kernel positions, channels innermost, and rotated. */
+void unfold_and_rotate(const float *x, float *out, int64_t images, const Walk *walk, Team *team, int32_t threads) {
+    const int64_t tiles = (walk->positions[0] * walk->positions[1] + TILE - 1) / TILE;
+    const int64_t features = walk->kernel[0] * walk->kernel[1] * (walk->channels / walk->groups);
+    Work w = {.part = part_rotated, .count = images * walk->groups * tiles, .x = x, .out = out, .walk = walk};
+    share(&w, TILE * features, team, threads);
 }
 
 /* Asks for large pages inside fresh memory. */

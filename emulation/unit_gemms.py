@@ -29,9 +29,9 @@ from emulation.precision import (
     Keys,
     LayerPrecision,
     by_group,
-    rotate,
 )
 from emulation.quantizer import Quantizer
+from emulation.rotation import rotate
 
 _POINT = ConvGeometry(kernel=(1,), stride=(1,), padding=(0,), dilation=(1,), groups=1)
 """Linear on [B, features, tokens] is a convolution with a kernel of one."""

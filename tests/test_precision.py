@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from emulation import gemms
 from emulation.errors import InputError
 from emulation.formats import FORMATS
-from emulation.precision import PRESETS, TILE, LayerPrecision, _rotation, layer_precision, rotate
+from emulation.precision import PRESETS, LayerPrecision, layer_precision
 from emulation.quantizer import Quantizer
+from emulation.rotation import TILE
 
 
 def keys(quantizer: Quantizer, role: int, tensor: Tensor) -> Tensor | None:
@@ -135,15 +136,6 @@ def test_square_weight_blocks_serve_both_gemms(layer: nn.Module) -> None:
         changed = (precision.grad_input_weight(weight, conv, keys) != before).nonzero()
         assert changed[:, 0].max() > 0
         assert changed.max() < TILE
-
-
-def test_the_rotation_is_orthogonal_and_cancels() -> None:
-    h = _rotation(torch.float64, torch.device("cpu"))
-    torch.testing.assert_close(h @ h.t(), torch.eye(TILE, dtype=torch.float64))
-    assert set(h.abs().flatten().tolist()) == {0.25}
-    x, g = torch.randn(2, 21, 5, dtype=torch.float64), torch.randn(2, 21, 3, dtype=torch.float64)
-    assert rotate(x).shape == (2, 32, 5)
-    torch.testing.assert_close(rotate(g).transpose(1, 2) @ rotate(x), g.transpose(1, 2) @ x)
 
 
 def test_rotated_weight_gradient_is_near_the_true_one() -> None:
