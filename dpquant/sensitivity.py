@@ -159,14 +159,11 @@ def loss_differences(
     with undisturbed(module), torch.no_grad():
         module.eval()
         try:
-            prefix = SharedPrefix(module)
-            base = prefix.record(partial(losses, {}))
-            columns = [base] * len(policies)
-            for index in sorted(range(len(policies)), key=lambda i: prefix.first_call(changed(policies[i]))):
-                columns[index] = prefix.run(partial(losses, policies[index]), changed(policies[index])) - base
+            passes = [(partial(losses, plan), changed(plan)) for plan in (*policies, {})]
+            *found, base = SharedPrefix(module).results(passes)
         finally:
             switch(module, restore or {})
-    return torch.stack(columns, dim=1) if columns else base.new_empty((len(base), 0))
+    return torch.stack(found, dim=1) - base.unsqueeze(1) if found else base.new_empty((len(base), 0))
 
 
 def clip_rows(differences: Tensor, max_norm: float) -> Tensor:
