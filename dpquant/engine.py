@@ -38,14 +38,15 @@ class DPQuantEngine:
         hardware: name or path of a hardware profile, or a profile.
         target_speedup: modelled speedup over full-precision private training that the whole run must meet, its
             analyses included: an epoch that does more leaves less to those after it; or
-        fraction: share of the quantizable layers to quantize in every epoch; or
+        fraction: share of the quantizable layers to quantize in every epoch, or of the run's epochs; or
         layers: names of those to quantize in every epoch, with ``scheduler="static"``.
         format: number format or preset of the quantized layers; of several, a ladder, each layer takes one.
         scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
-            epoch) or ``dpquant`` (a draw per epoch that prefers layers the private analysis found insensitive).
+            epoch), ``dpquant`` (a draw per epoch that prefers layers found insensitive), ``annealed`` (all layers in
+            the first epochs, none in the last, as many in all as a fixed choice has) or ``delayed`` (the reverse).
         beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity),
             with sensitivities in units of the loss, of which a layer in FP4 typically costs some thousandths.
-        analysis: the sensitivity analysis of the ``dpquant`` scheduler.
+        analysis: where the ``dpquant`` scheduler has its sensitivities from; default: from released gradients, free.
         basis: ``peak`` or ``calibrated`` hardware model; default: calibrated where the profile has a calibration.
         accountant: ``prv`` or ``rdp``.
         accumulate: ``float32``, or ``hardware``: quantized GEMMs add as the profile's own matrix units do, bit for bit
