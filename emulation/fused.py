@@ -6,6 +6,7 @@ import importlib.util
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from emulation import native
@@ -79,11 +80,8 @@ def quantize_blocks(
         size: elements of a block along a line; a line's last block may be shorter.
         units: equal parts of ``x`` that have a scale of their own above the blocks', by rule ``nvfp4``.
     """
-    if form is None:
-        return False
-    two_levels = RULES[form.rule] == "nvfp4"
-    block_form = kernel_format(scale, "nearest_even") if two_levels else form
-    if block_form is None or (two_levels and block_form.kind != MAGIC):
+    block_form = _block_form(form, scale)
+    if form is None or block_form is None:
         return False
     if x.device.type == "cpu":
         return native.quantize_blocks(x, out, form, block_form, key, shape, size, units)
@@ -94,6 +92,51 @@ def quantize_blocks(
 
     quantize_triton.quantize_blocks(x, out, form, block_form, key, shape, size, units)
     return True
+
+
+def quantize_squares(
+    x: Tensor,
+    out: Tensor,
+    form: KernelFormat | None,
+    scale: NumberFormat,
+    key: Tensor | None,
+    shape: tuple[int, int, int, int],
+    size: int,
+) -> bool:
+    """Fake-quantizes ``x`` in square blocks; False where there is no kernel, and nothing was done.
+
+    Args:
+        x, out, form, scale, key: as for :func:`quantize_blocks`; rule ``nvfp4`` has one scale above all blocks.
+        shape: planes, height, width, columns.
+        size: elements of a block along height and width; those at the end may be smaller.
+    """
+    block_form = _block_form(form, scale)
+    if form is None or block_form is None:
+        return False
+    if x.device.type == "cpu":
+        return native.quantize_squares(x, out, form, block_form, key, shape, size)
+    if form.stochastic or size * size > _WIDEST_BLOCK or not has_triton(x.device):
+        return False
+    from emulation import quantize_triton
+
+    # a row for each block: three more passes over what are weights, and few
+    planes, height, width, inner = shape
+    whole = F.pad(x.view(shape), (0, 0, 0, -width % size, 0, -height % size))
+    rows = whole.view(planes, -(-height // size), size, -(-width // size), size, inner).permute(0, 1, 3, 5, 2, 4)
+    blocks = rows.contiguous()
+    lines = blocks.numel() // size**2
+    quantize_triton.quantize_blocks(blocks, blocks, form, block_form, None, (lines, size**2, 1), size**2, 1)
+    back = blocks.permute(0, 1, 4, 2, 5, 3).reshape(whole.shape)[:, :height, :width]
+    out.view(shape).copy_(back)
+    return True
+
+
+def _block_form(form: KernelFormat | None, scale: NumberFormat) -> KernelFormat | None:
+    """The form of the block scales; None where they are not one of the kernels'."""
+    if form is None or RULES[form.rule] != "nvfp4":
+        return form
+    block_form = kernel_format(scale, "nearest_even")
+    return block_form if block_form is not None and block_form.kind == MAGIC else None
 
 
 @lru_cache(maxsize=8)

@@ -101,6 +101,34 @@ def quantize_blocks(
     return True
 
 
+def quantize_squares(
+    x: Tensor,
+    out: Tensor,
+    form: KernelFormat,
+    block_form: KernelFormat,
+    key: Tensor | None,
+    shape: tuple[int, int, int, int],
+    size: int,
+) -> bool:
+    """Fake-quantizes ``x``, one scale per square block and column; False where the library is not there, or cannot.
+
+    Args:
+        x, out, form, block_form, key: as for :func:`quantize_blocks`; rule ``nvfp4`` takes the largest magnitude of all
+            of ``x`` as well.
+        shape: that ``x`` is seen as: planes, height and width of each, columns.
+        size: elements of a block along height and width; those at the end may be smaller.
+    """
+    library = _library()
+    if library is None:
+        return False
+    key, per_key = _keys(key, x)
+    did = library.squares(
+        x.data_ptr(), out.data_ptr(), ctypes.byref(_format(form)), ctypes.byref(_format(block_form)), *shape, size,
+        key.data_ptr(), per_key, *_team(x.numel()),
+    )  # fmt: skip
+    return bool(did)
+
+
 def usable() -> bool:
     """Whether there is a library."""
     return _library() is not None
@@ -188,6 +216,10 @@ def _library() -> ctypes.CDLL | None:
         pointer, pointer, form, form, *[integer] * 5, pointer, pointer, integer, pointer, ctypes.c_int32,
     ]  # fmt: skip
     library.blocks.restype = None
+    library.squares.argtypes = [
+        pointer, pointer, form, form, *[integer] * 5, pointer, integer, pointer, ctypes.c_int32,
+    ]  # fmt: skip
+    library.squares.restype = ctypes.c_int32
     library.unfold_and_rotate.argtypes = [
         pointer, pointer, integer, ctypes.POINTER(integer), pointer, ctypes.c_int32,
     ]  # fmt: skip

@@ -249,6 +249,12 @@ INLINE int small(const float *x, float *out, int64_t n, const int64_t size, cons
     return 0;
 }
 
+/* The scale above the blocks, from the bits of the largest magnitude that it covers. */
+static float unit_scale(const Format *f, float above) {
+    if (f->rule != NVFP4 || above == 0.0f) return 1.0f;
+    return above < INFINITY ? above / f->full : NAN;
+}
+
 #define BATCH 64
 #define CACHED 8192
 
@@ -265,8 +271,7 @@ static void some_blocks(const float *x, float *out, const Format *f, const Forma
     for (int64_t r = first; r < last;) {
         const int64_t line = r / per_line, in_line = r % per_line;
         const float above = f->rule == NVFP4 ? as_float((uint32_t)unit_amax[r / blocks_per_unit]) : 0.0f;
-        float unit = above == 0.0f ? 1.0f : above / f->full;
-        unit = f->rule != NVFP4 ? 1.0f : above < INFINITY ? unit : NAN;
+        const float unit = unit_scale(f, above);
         const int64_t start = (line * length + in_line * size) * inner;
         const int64_t left = length - in_line * size;
         if (inner == 1) {
@@ -331,7 +336,7 @@ typedef struct Work {
     const float *x;
     float *out;
     const Format *f, *block_format;
-    int64_t length, size, inner;
+    int64_t height, length, size, inner;
     int32_t *unit_amax;
     int64_t per_unit; /* elements (largest, units) or blocks that share a unit */
     const uint64_t *keys;
@@ -419,6 +424,59 @@ void blocks(const float *x, float *out, const Format *f, const Format *block_for
         item = elements / units;
     }
     share(&w, item, team, threads);
+}
+
+enum { WIDE = 2048 }; /* elements of a row of blocks at a time */
+
+/* Rows first..last of square blocks, of x [planes, height, length, inner]. */
+static void part_squares(Work *w, int64_t first, int64_t last) {
+    const int64_t size = w->size, inner = w->inner, width = w->length * inner, at_once = WIDE / (size * inner);
+    const int64_t per_plane = (w->height + size - 1) / size, most = at_once * size * inner;
+    const int scaling = w->f->rule == MAX ? OVER : TIMES;
+    const float above = w->f->rule == NVFP4 ? as_float((uint32_t)*w->unit_amax) : 0.0f, unit = unit_scale(w->f, above);
+    int32_t peaks[WIDE], tops[WIDE];
+    float scale[WIDE], factor[WIDE], scale_of[WIDE], factor_of[WIDE];
+    for (int64_t b = first; b < last; b++) {
+        const int64_t top = b % per_plane * size, rows = w->height - top < size ? w->height - top : size;
+        for (int64_t c = 0; c < width; c += most) {
+            const int64_t start = (b / per_plane * w->height + top) * width + c;
+            const int64_t n = width - c < most ? width - c : most;
+            memset(peaks, 0, sizeof peaks);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < n; i++) {
+                    const int32_t bits = (int32_t)(as_bits(w->x[start + r * width + i]) & 0x7FFFFFFFu);
+                    peaks[i] = bits > peaks[i] ? bits : peaks[i];
+                }
+            const int64_t blocks = (n + size * inner - 1) / (size * inner);
+            for (int64_t i = 0; i < blocks * inner; i++) {
+                tops[i] = 0;
+                for (int64_t j = 0, at = i / inner * size * inner + i % inner; j < size; j++, at += inner)
+                    tops[i] = peaks[at] > tops[i] ? peaks[at] : tops[i]; /* 0 beyond the last element */
+            }
+            scales(tops, blocks * inner, above, w->f, w->block_format, scale, factor);
+            for (int64_t k = 0; k < blocks * size; k++) {
+                memcpy(scale_of + k * inner, scale + k / size * inner, (size_t)inner * 4);
+                memcpy(factor_of + k * inner, factor + k / size * inner, (size_t)inner * 4);
+            }
+            for (int64_t r = 0; r < rows; r++)
+                keyed(w->x + start + r * width, w->out + start + r * width, start + r * width, n, w->f, scale_of,
+                      factor_of, unit, w->keys, w->per_key, scaling, 1);
+        }
+    }
+}
+
+/* One scale for each block of size by size elements of x [planes, height, length, inner], and column; for NVFP4 one
+ * more above all of them. Whether it did: blocks may be too large. */
+int32_t squares(const float *x, float *out, const Format *f, const Format *block_format, int64_t planes,
+                int64_t height, int64_t length, int64_t inner, int64_t size, const uint64_t *keys, int64_t per_key,
+                Team *team, int32_t threads) {
+    if (size * inner > WIDE) return 0;
+    int32_t amax = f->rule == NVFP4 ? largest(x, planes * height * length * inner, team, threads) : 0;
+    Work w = {.part = part_squares, .count = planes * ((height + size - 1) / size), .x = x, .out = out, .f = f,
+              .block_format = block_format, .height = height, .length = length, .size = size, .inner = inner,
+              .unit_amax = &amax, .keys = keys, .per_key = per_key};
+    share(&w, size * length * inner, team, threads);
+    return 1;
 }
 
 /* --- unfolded rows, 16 positions at a time times diag(signs) H / 4: see rotation.py ------------------------------- */

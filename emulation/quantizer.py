@@ -289,7 +289,7 @@ class Quantizer:
     def _form(self) -> KernelFormat | None:
         """What the kernels are told; None where they cannot do it."""
         assert self.scale_rule is not None
-        if self.backend != "exact" or (self.square_blocks and self.scale_rule != "none"):
+        if self.backend != "exact":
             return None
         if self.granularity == "channel" and self.channel_axis != 0 and self.scale_rule != "none":
             return None
@@ -307,11 +307,17 @@ class Quantizer:
         units = shape[0] if kept else 1
         if not axes:
             return fused.round_flat(x, out, form, key, units) is not None
-        (along,) = axes
+        *before, along = axes
+        assert self.block_size is not None
+        if before:
+            if units > 1 and self._two_levels:
+                return False
+            planes, inner = math.prod(shape[: along - 1]), math.prod(shape[along + 1 :])
+            plane = (planes, shape[along - 1], shape[along], inner)
+            return fused.quantize_squares(x, out, form, self.scale_format, key, plane, self.block_size)
         if along == 0 and units > 1:
             return False
         seen_as = (math.prod(shape[:along]), shape[along], math.prod(shape[along + 1 :]))
-        assert self.block_size is not None
         return fused.quantize_blocks(x, out, form, self.scale_format, key, seen_as, self.block_size, units)
 
     def _rounded(

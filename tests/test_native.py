@@ -124,6 +124,47 @@ def test_quantizers_have_torchs_bits(
 
 
 @needs_compiler
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(["fp8", "luq_fp4", "mxfp4", "nvfp4", "int8"]),
+    granularity=st.sampled_from(["tensor", "example"]),
+    rounding=st.sampled_from(["nearest_even", "stochastic"]),
+    rule=st.sampled_from([None, "max", "pow2", "floor", "rceil"]),
+    planes=st.lists(st.integers(1, 3), max_size=1),
+    plane=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+    columns=st.lists(st.sampled_from([1, 3, 9, 25]), max_size=1),
+    block=st.sampled_from([4, 16, 32]),
+    seed=st.integers(0, 999),
+)
+def test_square_blocks_have_torchs_bits(
+    name: str,
+    granularity: str,
+    rounding: str,
+    rule: str | None,
+    planes: list[int],
+    plane: tuple[int, int],
+    columns: list[int],
+    block: int,
+    seed: int,
+) -> None:
+    axis, rule = len(planes) + 1, None if name == "nvfp4" else rule
+    granularity = granularity if planes else "tensor"
+    parts = {"rounding": rounding, "scale_rule": rule, "block_size": block, "square_blocks": True}
+    fast, slow = (Quantizer(name, granularity, **parts, backend=backend) for backend in ("exact", "torch"))
+    x = wild([*planes, *plane, *columns], seed)
+    keys = derive_keys(seed, torch.arange(len(x))) if rounding == "stochastic" else None
+    result = fast.fake_quantize(x, keys=keys, axis=axis)
+    assert same(result, slow.fake_quantize(x, keys=keys, axis=axis))
+
+
+@needs_compiler
+def test_square_blocks_that_are_too_large_for_the_library_go_to_torch() -> None:
+    x = wild([16, 16, 200], 0)
+    fast, slow = (Quantizer("nvfp4", "tensor", square_blocks=True, backend=b) for b in ("exact", "torch"))
+    assert same(fast.fake_quantize(x, axis=1), slow.fake_quantize(x, axis=1))
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["fp8", "luq_fp4", "mxfp4", "nvfp4", "bf16"])
 @pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
 def test_threads_change_no_bit(name: str, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
