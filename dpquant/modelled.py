@@ -63,11 +63,11 @@ class ModelledRun:
     def analysis_s(self, basis: Basis | None = None) -> float:
         """Modelled seconds of one sensitivity analysis."""
         basis = basis or self.basis
-        policies, expected = len(self.policies), self.analysis.expected_batch_size
+        policies, expected = list(self.policies.values()), self.analysis.expected_batch_size
         seconds = planner.analysis_seconds(self.workload, self.profile, policies, expected, basis=basis)
         if self.analysis.probe == "training":
             share = expected / self.expected_batch_size
-            seconds += (policies + 1) * self.analysis.probe_steps * share * self.estimate({}, basis).step_s
+            seconds += (len(policies) + 1) * self.analysis.probe_steps * share * self.estimate({}, basis).step_s
         return seconds
 
     def analysis_s_per_step(self, basis: Basis | None = None) -> float:

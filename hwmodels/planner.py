@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -166,26 +167,61 @@ def remaining_target(
 def analysis_seconds(
     workload: Workload,
     profile: HardwareProfile,
-    policies: int,
+    policies: Sequence[Mapping[str, str]],
     expected_batch_size: int,
     **options: Any,
 ) -> float:
-    """Modelled seconds of one sensitivity analysis: ``policies`` + 1 forward passes, nothing else.
+    """Modelled seconds of one sensitivity analysis: forward passes, without what they share.
 
-    On hardware that has the format a quantized forward pass takes no longer than one in full precision, so each pass
-    is priced in the baseline.
+    Args:
+        workload: of a training step; its batch size does not matter.
+        profile: the chip.
+        policies: what is quantized in each pass, layer to format; a further pass has nothing quantized.
+        expected_batch_size: of the analysis.
+        options: as ``hwmodels.cost.estimate`` takes them.
     """
     check_batch_size(expected_batch_size)
-    if policies < 0:
-        raise InputError(f"policies={policies} must not be negative")
     model = StepModel(workload.at(expected_batch_size), profile, **options)
-    return float(forward_seconds(model).sum()) * (policies + 1)
+    plans = [model.plan_formats(policy) for policy in policies]
+    runs, base = forward_runs(workload, policies), forward_seconds(model, None)
+    total = sum(runs[name] * float(base[model.index[name]]) for name in model.names)
+    quantized = {fmt: forward_seconds(model, fmt) - base for fmt in {fmt for plan in plans for fmt in plan.values()}}
+    return total + sum(float(quantized[fmt][model.index[name]]) for plan in plans for name, fmt in plan.items())
 
 
-def forward_seconds(model: StepModel) -> Array:
-    """Seconds of each layer's forward pass in the baseline; its traffic and launches are taken for a third of all."""
-    seconds = model.prices(None).seconds
-    rest = seconds[PHASE["other"]] + seconds[PHASE["launch"]]
+def forward_runs(workload: Workload, policies: Sequence[Collection[str]]) -> dict[str, float]:
+    """How often an analysis runs each layer's forward, the mean of its calls where it has several.
+
+    Once, and once more in every pass that quantizes a layer ahead of the end of the call: the others take what the call
+    gave from a pass before, as ``dpquant.prefix`` does.
+
+    Args:
+        workload: whose calls say what is ahead of what.
+        policies: the layers that each pass quantizes; a further pass quantizes none.
+
+    Returns:
+        Layer name to number of forwards; at most ``policies`` + 1.
+    """
+    calls = workload.calls or [(layer.name, number) for number, layer in enumerate(workload.layers, 1)]
+    begins: dict[str, int] = {}
+    for number, (name, _) in enumerate(calls):
+        begins.setdefault(name, number)
+    firsts = sorted(min((begins[name] for name in policy if name in begins), default=len(calls)) for policy in policies)
+    found: dict[str, list[int]] = {}
+    for name, end in calls:
+        found.setdefault(name, []).append(1 + bisect_left(firsts, end))
+    outside = [1 + len(policies)]  # the loss
+    runs = {layer.name: found.get(layer.name, outside) for layer in workload.layers}
+    return {name: sum(counts) / len(counts) for name, counts in runs.items()}
+
+
+def forward_seconds(model: StepModel, format_name: str | None) -> Array:
+    """Seconds of each layer's forward pass in a format (canonical name), or in the baseline for None.
+
+    The quantization, traffic and launches of a layer's step are taken for a third forward.
+    """
+    seconds = model.prices(format_name).seconds
+    rest = seconds[PHASE["quantization"]] + seconds[PHASE["other"]] + seconds[PHASE["launch"]]
     forward: Array = seconds[PHASE["forward"]] + rest / 3
     return forward
 

@@ -71,6 +71,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.batch_size = batch_size
         self.layers: dict[str, _Layer] = {}
         self.stack: list[_Layer] = []
+        self.calls: list[tuple[str, int]] = []
         self.parameter_names = {_storage(p): name for name, p in parameters.items()}
         self.from_input: set[int] = set()
         self.uses: dict[int, tuple[int, int, _Layer]] = {}
@@ -298,14 +299,18 @@ def _watched(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Training mode and hooks that say which module runs; both undone afterwards."""
     modes = {m: m.training for m in module.modules()}
     handles = []
+    open_calls: list[int] = []
     for name, child in module.named_modules():
         label = name or "(model)"
 
         def enter(m: nn.Module, _: Any, label: str = label) -> None:
             recorder.enter(label, m).calls += 1
+            open_calls.append(len(recorder.calls))
+            recorder.calls.append((label, 0))
 
-        def leave(*_: Any) -> None:
+        def leave(m: nn.Module, *_: Any, label: str = label) -> None:
             recorder.stack.pop()
+            recorder.calls[open_calls.pop()] = label, len(recorder.calls)
 
         handles.append(child.register_forward_pre_hook(enter, prepend=True))
         handles.append(child.register_forward_hook(leave, always_call=True))
@@ -399,6 +404,7 @@ def _workload(recorder: _Recorder, parameters: dict[str, nn.Parameter], batch_si
         layers=layers,
         batch_size=batch_size,
         saved=tuple(recorder.saved_tensors()),
+        calls=tuple(recorder.calls),
         parameters=sum(p.numel() for p in parameters.values() if p.requires_grad),
         frozen_parameters=sum(p.numel() for p in parameters.values() if not p.requires_grad),
         uncounted=tuple(recorder.uncounted),

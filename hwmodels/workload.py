@@ -230,6 +230,8 @@ class Workload:
         layers: in the order the forward pass first runs them.
         batch_size: examples of one step.
         saved: what the forward pass keeps for the backward pass.
+        calls: every call of a module in the forward pass, in the order they begin: its name, and the number of the
+            first call that begins after it has ended. Empty: one call of each layer, one after the other.
         parameters: trainable elements.
         frozen_parameters: elements that are not trained.
         uncounted: what the trace met and could only guess or leave out, in words.
@@ -239,6 +241,7 @@ class Workload:
     layers: tuple[LayerWork, ...]
     batch_size: int
     saved: tuple[SavedTensor, ...] = ()
+    calls: tuple[tuple[str, int], ...] = ()
     parameters: int
     frozen_parameters: int = 0
     uncounted: tuple[str, ...] = ()

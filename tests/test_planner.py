@@ -14,7 +14,7 @@ from emulation.errors import InputError
 from hwmodels import planner
 from hwmodels.cost import StepModel, estimate
 from hwmodels.profile import load_profile
-from hwmodels.workload import Workload, trace
+from hwmodels.workload import LayerWork, Workload, trace
 
 TOY = toy_chip()
 OPTIONS = {"basis": "peak"}
@@ -108,13 +108,44 @@ def test_a_target_that_the_rest_cannot_meet_is_infinite() -> None:
         planner.remaining_target(2.0, 1.0, 10, 10, 0.0)
 
 
-def test_an_analysis_is_so_many_forward_passes_of_its_batch() -> None:
+def test_an_analysis_is_the_forward_passes_that_are_left_of_its_policies() -> None:
     workload = traced("resnet18")
-    one = planner.analysis_seconds(workload, TOY, 0, 64, **OPTIONS)
-    assert planner.analysis_seconds(workload, TOY, 20, 64, **OPTIONS) == pytest.approx(21 * one)
-    assert planner.analysis_seconds(workload, TOY, 0, 256, **OPTIONS) > one
+    first, last = workload.quantizable[0], workload.quantizable[-1]
+    one = planner.analysis_seconds(workload, TOY, [], 64, **OPTIONS)
+    assert planner.analysis_seconds(workload, TOY, [], 256, **OPTIONS) > one
     step = StepModel(workload.at(64), TOY, method="sgd", **OPTIONS)
     assert step.estimate({}).phases["forward"] < one < step.step_s({}) / 2
+
+    def passes(policies: list[dict[str, str]]) -> float:
+        return planner.analysis_seconds(workload, TOY, policies, 64, **OPTIONS) / one
+
+    assert passes([{}] * 20) == pytest.approx(1, rel=0.02)  # but for the loss
+    assert passes([{first: "bf16"}] * 20) == pytest.approx(21)
+    assert 1 < passes([{last: "bf16"}] * 20) < 1.5  # the pooling ahead of it too, no module of its own
+    half = passes([{name: "bf16"} for name in workload.quantizable])
+    assert 0.35 < half / (len(workload.quantizable) + 1) < 0.65
+    assert passes([{name: "bf16"} for name in reversed(workload.quantizable)]) == half
+
+
+def test_a_pass_is_priced_in_the_format_that_it_quantizes_to() -> None:
+    workload = traced("resnet18")
+    model, layer = StepModel(workload.at(64), TOY, **OPTIONS), workload.quantizable[3]
+    index = model.index[layer]
+    base, fp8 = (planner.forward_seconds(model, fmt) for fmt in (None, "float8_e4m3fn"))
+    found = [planner.analysis_seconds(workload, TOY, [{layer: fmt}], 64, **OPTIONS) for fmt in ("bf16", "fp8")]
+    assert found[1] - found[0] == pytest.approx(float(fp8[index] - base[index]))
+    assert model.prices("float8_e4m3fn").seconds[planner.PHASE["quantization"], index] > 0
+
+
+def test_forwards_of_layers_that_run_twice_and_of_the_loss() -> None:
+    """Calls: a, b, and a again; nothing calls c."""
+    layers = tuple(LayerWork(name=name, kind="linear", quantizable=True) for name in ("a", "b", "(loss)"))
+    calls = (("(model)", 4), ("a", 2), ("b", 3), ("a", 4))
+    workload = Workload(layers=layers, batch_size=1, calls=calls, parameters=0)
+    assert planner.forward_runs(workload, [{"b": "fp8"}]) == {"a": 1.5, "b": 2, "(loss)": 2}
+    assert planner.forward_runs(workload, [{"a": "fp8"}, {"c": "fp8"}]) == {"a": 2, "b": 2, "(loss)": 3}
+    chain = Workload(layers=layers, batch_size=1, parameters=0)
+    assert planner.forward_runs(chain, ["a", "b"]) == {"a": 2, "b": 3, "(loss)": 3}
 
 
 @pytest.mark.parametrize(
@@ -126,8 +157,8 @@ def test_an_analysis_is_so_many_forward_passes_of_its_batch() -> None:
         (lambda w: planner.reach(w, TOY, "nvfp4", objective="money", **OPTIONS), "unknown objective='money'"),
         (lambda w: planner.reach(w, toy_chip(power=None), "nvfp4", objective="energy", **OPTIONS), "power of toy"),
         (lambda w: planner.reach(w, TOY, "nvfp4", clip="hooks", **OPTIONS), "unknown option clip='hooks'"),
-        (lambda w: planner.analysis_seconds(w, TOY, -1, 4, **OPTIONS), "policies=-1"),
-        (lambda w: planner.analysis_seconds(w, TOY, 1, 0, **OPTIONS), "batch_size=0"),
+        (lambda w: planner.analysis_seconds(w, TOY, [{"conv7": "fp8"}], 4, **OPTIONS), "layer 'conv7'"),
+        (lambda w: planner.analysis_seconds(w, TOY, [{}], 0, **OPTIONS), "batch_size=0"),
     ],
 )
 def test_bad_input(call, message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from dpquant.prefix import SharedPrefix
 from dpquant.resnet import Bottleneck, DenseNet, ResNet
 from dpquant.sensitivity import Policy, loss_differences
 from emulation.layers import QuantizedLayer, quantizable_layers, quantize_model, set_plan
+from hwmodels.planner import forward_runs
+from hwmodels.workload import trace
 
 Policies = list[Policy]
 
@@ -50,6 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 NETWORKS = {
     "digits_cnn": (lambda: build_model("digits_cnn"), (1, 8, 8)),
+    "resnet18": (lambda: build_model("resnet18"), (3, 16, 16)),
     "resnet": (lambda: ResNet(Bottleneck, (2, 1)), (3, 16, 16)),
     "densenet": (lambda: DenseNet((2, 3), growth=8), (3, 16, 16)),
     "vit_small": (lambda: build_model("vit_small", depth=2, image_size=8), (3, 8, 8)),
@@ -72,6 +77,43 @@ def test_every_difference_has_the_bits_of_a_pass_of_its_own(name: str, calls: li
     assert torch.equal(found, naively(module, batch, policies))
     assert (found != 0).any(1).all()
     assert cheap < 0.75 * len(calls)
+
+
+@contextmanager
+def counted_forwards(module: nn.Module) -> Iterator[Counter[str]]:
+    """How often every module's own forward has run; hooks would also see calls that were skipped."""
+    names, seen = {m: name or "(model)" for name, m in module.named_modules()}, Counter[str]()
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            seen[names[m]] += 1
+            return forward(m, *args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(m) for m in names}:
+            patch.setattr(kind, "forward", counting(kind.forward))
+        yield seen
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_planner_counts_what_runs(name: str) -> None:
+    build, shape = NETWORKS[name]
+    module = quantize_model(build())
+    x = torch.randint(1000, (2, *shape)) if len(shape) == 1 else torch.randn(2, *shape)
+    workload = trace(module, x, 2)
+    found = workload.quantizable
+    assert set(found) == set(quantizable_layers(module))
+    ladder = [{layer: fmt} for layer in found for fmt in ("luq_fp4", "fp8")]
+    several = [dict.fromkeys(found[i : i + 3], "fp8") for i in range(1, len(found), 4)]
+    for policies in (single(module), ladder, several[::-1], [], [{}, *several[1:], {}]):
+        with counted_forwards(module) as seen:
+            loss_differences(module, losses, (x, torch.tensor([0, 1])), policies)
+        runs = forward_runs(workload, policies)
+        assert runs.pop("(loss)") == len(policies) + 1
+        calls = {layer: workload.by_name[layer].calls for layer in runs}
+        assert {layer: seen[layer] for layer in runs} == {layer: runs[layer] * calls[layer] for layer in runs}
 
 
 def test_a_chain_of_layers_costs_half(calls: list[str]) -> None:

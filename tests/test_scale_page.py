@@ -28,10 +28,10 @@ def test_the_modelled_figures_are_those_of_the_cost_model() -> None:
         assert f"{step_s * 1e3:.1f}" == step_ms
         assert int(whole.replace(",", "")) == 1000 * int(batch)
         assert int(share) == round(100 * 0.9e-3 / (0.9e-3 + step_s))
-    policies = len(workload.quantizable)
+    policies = [{layer: "fp8"} for layer in workload.quantizable]
     found = [analysis_seconds(workload, h200, policies, size) for size in (256, 256 // 8, 1)]
     quoted = re.search(
-        r"(\d+) forward passes of 256 .*? (\d+) ms by .*? (\d+) ms on 8,.*? at (\d+) ms", page, re.DOTALL
+        r"\*\*Analysis\.\*\* (\d+) forward .*? (\d+) ms by .*? (\d+) ms on 8.*? at (\d+) ms", page, re.DOTALL
     )
     assert quoted is not None
-    assert quoted.groups() == (str(policies + 1), *(f"{seconds * 1e3:.0f}" for seconds in found))
+    assert quoted.groups() == (str(len(policies) + 1), *(f"{seconds * 1e3:.0f}" for seconds in found))
