@@ -73,8 +73,8 @@ SPECIFICATION = Fields(
             entries={
                 "scheduler": Text(
                     choices=SCHEDULERS,
-                    doc="layers quantized: none; drawn once; drawn every epoch; drawn by sensitivity; "
-                    "all in the first epochs alone; all in the last epochs alone",
+                    doc="layers quantized: none; drawn once; drawn every epoch; drawn by sensitivity; those that save "
+                    "most time; all in the first epochs alone; all in the last epochs alone",
                 ),
                 "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),

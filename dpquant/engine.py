@@ -42,8 +42,9 @@ class DPQuantEngine:
         layers: names of those to quantize in every epoch, with ``scheduler="static"``.
         format: number format or preset of the quantized layers; of several, a ladder, each layer takes one.
         scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
-            epoch), ``dpquant`` (a draw per epoch that prefers layers found insensitive), ``annealed`` (all layers in
-            the first epochs, none in the last, as many in all as a fixed choice has) or ``delayed`` (the reverse).
+            epoch), ``dpquant`` (a draw per epoch that prefers layers found insensitive), ``greedy`` (the layers that
+            save most time), ``annealed`` (all layers in the first epochs, none in the last, as many in all as a fixed
+            choice has) or ``delayed`` (the reverse).
         beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity),
             with sensitivities in units of the loss, of which a layer in FP4 typically costs some thousandths.
         analysis: where the ``dpquant`` scheduler has its sensitivities from; default: from released gradients, free.

@@ -94,6 +94,7 @@ class Goal:
             tuple(modelled.policies),
             sensitivities=sensitivities,
             beta=self.beta,
+            savings=modelled.savings if self.scheduler == "greedy" else None,
             epoch=epoch,
             seed=seed,
         )

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from emulation.errors import InputError, suggestion
 
-Scheduler = Literal["full", "static", "pls", "dpquant", "annealed", "delayed"]
+Scheduler = Literal["full", "static", "pls", "dpquant", "greedy", "annealed", "delayed"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 
 
@@ -40,6 +40,7 @@ def draw_order(
     *,
     sensitivities: Mapping[str, float] | None = None,
     beta: float = 0.0,
+    savings: Mapping[str, float] | None = None,
     epoch: int,
     seed: int,
 ) -> tuple[str, ...]:
@@ -50,11 +51,13 @@ def draw_order(
             uniform order every epoch. ``dpquant``: every epoch layer after layer without replacement, each with
             probability softmax(-beta * sensitivity) among those left (arXiv 2509.03472), drawn as a descending sort
             of ``-beta * sensitivity`` plus Gumbel noise, which is the same distribution (arXiv 1903.06059).
+            ``greedy``: those that save most time first, so that the fewest are needed, the same in every epoch.
             ``annealed`` and ``delayed`` choose epochs (:func:`share_of_epoch`): the order, uniform and new every epoch,
             matters where only a part of the layers is quantized.
         layers: names, each once.
         sensitivities: released values by layer name, for ``dpquant``; None (nothing released yet) is a uniform draw.
         beta: how strongly sensitive layers are avoided, per unit of sensitivity; 0 is uniform.
+        savings: modelled seconds that quantizing each layer saves, for ``greedy``: of public shapes alone.
         epoch: which draw this is.
         seed: of the run's schedule.
 
@@ -71,6 +74,11 @@ def draw_order(
         raise InputError(f"layer={twice!r} is given twice")
     if scheduler == "full":
         return ()
+    if scheduler == "greedy":
+        saved = savings or {}
+        if missing := [name for name in layers if name not in saved]:
+            raise InputError(f"layer={missing[0]!r} has no savings", hint=suggestion(missing[0], saved))
+        return tuple(sorted(layers, key=lambda name: -saved[name]))
     logits = [0.0] * len(layers)
     if scheduler == "dpquant" and sensitivities is not None:
         if missing := [name for name in layers if name not in sensitivities]:

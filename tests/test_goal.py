@@ -120,6 +120,20 @@ def test_choices_of_epochs_meet_the_target_of_the_whole_run(
         assert sum(most_s + layer_s < s < full_s for s in seconds) <= 1  # the epoch between
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 1), st.sampled_from([("nvfp4",), ("fp8", "nvfp4")]))
+def test_no_draw_meets_a_target_with_fewer_layers_than_greedy(share: float, formats: tuple[str, ...]) -> None:
+    run = replace(RUN, formats=formats)
+    target = 1 + share * (run.reach().max_speedup - 1)
+    sizes = {}
+    for scheduler in ("greedy", "pls"):
+        goal = Goal(scheduler=scheduler, target_speedup=target)
+        found = [goal.plan(run, None, epoch=e, seed=5, steps=10, steps_done=0, seconds_done=0.0) for e in range(8)]
+        assert all(run.speedup(plan) >= target * (1 - 1e-12) for plan in found)
+        sizes[scheduler] = [len(plan) for plan in found]
+    assert max(sizes["greedy"]) <= min(sizes["pls"])
+
+
 def test_a_run_that_ends_earlier_than_planned_keeps_to_its_share() -> None:
     goal = Goal(scheduler="annealed", fraction=0.5)
     shorter = replace(RUN, steps=16)

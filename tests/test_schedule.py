@@ -92,6 +92,14 @@ def test_full_quantizes_nothing():
     assert draw_order("full", LAYERS, epoch=0, seed=0) == ()
 
 
+def test_greedy_takes_what_saves_most_first():
+    savings = dict(zip(LAYERS, (0.1, -0.2, 0.3, 0.1), strict=True))
+    orders = {draw_order("greedy", LAYERS, savings=savings, epoch=epoch, seed=epoch) for epoch in range(5)}
+    assert orders == {(LAYERS[2], LAYERS[0], LAYERS[3], LAYERS[1])}  # ties in forward order
+    with pytest.raises(InputError, match="layer='conv1' has no savings"):
+        draw_order("greedy", LAYERS, epoch=0, seed=0)
+
+
 def test_a_draw_is_a_function_of_seed_and_epoch():
     drawn = [draw_order("pls", LAYERS, epoch=epoch, seed=5) for epoch in range(20)]
     assert drawn == [draw_order("pls", LAYERS, epoch=epoch, seed=5) for epoch in range(20)]
@@ -106,7 +114,7 @@ def test_a_draw_is_the_same_on_every_machine_and_version():
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_global_random_states_are_untouched(scheduler):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    draw_order(scheduler, LAYERS, sensitivities=SENSITIVITIES, beta=1.0, epoch=2, seed=1)
+    draw_order(scheduler, LAYERS, sensitivities=SENSITIVITIES, beta=1.0, savings=SENSITIVITIES, epoch=2, seed=1)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 

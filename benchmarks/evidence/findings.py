@@ -25,8 +25,8 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
         "**Does a changing choice of layers save accuracy?** Quantizing a layer to FP4 costs accuracy; the schedulers "
         "decide which layers it costs, or when. `static` draws them once, `pls` anew every epoch, `dpquant` anew with "
         "a preference for layers that were found insensitive, by a private probe or from gradients that training "
-        "releases anyway; `annealed` quantizes all of them in the first epochs and none in the last, `delayed` the "
-        "reverse."
+        "releases anyway; `greedy` takes those that save most time; `annealed` quantizes all of them in the first "
+        "epochs and none in the last, `delayed` the reverse."
     ]
     if anchors := _anchors(found):
         said.append(f"Full precision first meets what was published: {anchors}.")

@@ -237,6 +237,7 @@ COMPARISONS = (
         scheduler="dpquant", estimator="released", short="dpquant, released",
         said="dpquant from released gradients less static",
     ),
+    Comparison(scheduler="greedy", short="greedy", said="what saves most time (greedy) less static"),
     Comparison(scheduler="annealed", short="annealed", said="all at first, none at the end (annealed) less static"),
     Comparison(scheduler="delayed", short="delayed", said="none at first, all at the end (delayed) less static"),
     Comparison(
@@ -247,6 +248,7 @@ COMPARISONS = (
         said="dpquant from released gradients less pls",
     ),
     Comparison(scheduler="annealed", other="pls", short="", said="annealed less pls"),
+    Comparison(scheduler="greedy", other="annealed", short="", said="greedy less annealed"),
     Comparison(scheduler="annealed", other="delayed", short="", said="annealed less delayed"),
 )  # fmt: skip
 
