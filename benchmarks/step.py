@@ -13,7 +13,8 @@ nothing else can use; on the CPU (`--memory`) what a process of its own holds. T
 norms alone, of operands kept from a private backward: less than that no clipping can take that forms the batch's
 gradients as torch does. On CUDA plain SGD and the floor are graphs too, as private steps are, and plain SGD is there
 once more as most programs run it; ratios are to that one. `--allocator default` shows what the C library's own settings
-cost on the CPU. `--out` is written as the run goes.
+cost on the CPU, where with one thread (OMP_NUM_THREADS=1) times are CPU time, which other programs hardly disturb.
+`--out` is written as the run goes.
 """
 
 from __future__ import annotations
@@ -365,9 +366,10 @@ def _batch(model: str, size: int, precision: str, args: argparse.Namespace) -> t
 def _seconds(step: Step, device: torch.device) -> tuple[float, float]:
     """Seconds of a step, and those until the host had launched all of it."""
     if device.type != "cuda":
-        started = time.perf_counter()
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        started = clock()
         step()
-        return (time.perf_counter() - started,) * 2
+        return (clock() - started,) * 2
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     started = time.perf_counter()
