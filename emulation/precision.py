@@ -12,7 +12,7 @@ from emulation.errors import InputError, suggestion
 from emulation.formats import ALIASES, FORMATS, BlockFormat, Format, get_format
 from emulation.gemms import ConvGeometry, WeightGradient
 from emulation.quantizer import Granularity, Quantizer
-from emulation.rotation import Unfolding
+from emulation.rotation import Unfolding, positions_alone
 
 # What is quantized, as a number that keys stochastic rounding: the same tensor may be quantized along two axes.
 X_OUTPUT, W_OUTPUT, G_INPUT, W_INPUT, X_WEIGHT, G_WEIGHT = range(6)
@@ -20,7 +20,7 @@ WEIGHT_ROLES = (W_OUTPUT, W_INPUT)
 Keys = Callable[[Quantizer, int, Tensor], Tensor | None]
 """quantizer, role, tensor -> a rounding key per index of the tensor's first dimension; None where none is needed."""
 
-_CACHED = 1 << 17  # elements
+_CACHED = 1 << 18  # elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class LayerPrecision:
         in_weight_order = self.input.rounding == "stochastic"  # random bits go by position
         inputs = Unfolding(x, conv, in_weight_order=in_weight_order)
         outputs = grad_output if conv is None else grad_output.flatten(2)
-        gradients = Unfolding(outputs, None if conv is None else _points(conv.groups), in_weight_order=True)
+        gradients = Unfolding(outputs, None if conv is None else positions_alone(conv.groups), in_weight_order=True)
         return replace(
             plain,
             x=_rotated(self.input, X_WEIGHT, inputs, plain.x, keys),
@@ -122,11 +122,6 @@ def _along_tokens(quantizer: Quantizer, role: int, x: Tensor, conv: ConvGeometry
     flat = x.flatten(1, -2) if conv is None else x.flatten(2)
     quantized = quantizer.fake_quantize(flat, keys=keys(quantizer, role, flat), axis=1 if conv is None else 2)
     return quantized.reshape(x.shape)
-
-
-def _points(groups: int) -> ConvGeometry:
-    """That walks over every position by itself."""
-    return ConvGeometry(kernel=(1,), stride=(1,), padding=(0,), dilation=(1,), groups=groups)
 
 
 def _rotated(quantizer: Quantizer, role: int, rows: Unfolding, like: Tensor, keys: Keys) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emulation import native
+from emulation import fused, native
+from emulation.codec import is_concrete
 from emulation.gemms import ConvGeometry, at_least_float32, patches
 
 TILE = 16
@@ -51,41 +52,46 @@ class Unfolding:
     """
 
     def __init__(self, x: Tensor, conv: ConvGeometry | None, *, in_weight_order: bool) -> None:
-        self._x, self._conv = x, conv
-        kernel = torch.Size(() if conv is None else conv.kernel)
-        groups, channels = (1, x.shape[-1]) if conv is None else (conv.groups, x.shape[1])
-        size = x.shape[1:-1] if conv is None else torch.Size(conv.positions(tuple(x.shape[2:])))
-        t = size.numel()
-        self.shape = (x.shape[0], groups, t + -t % TILE, kernel.numel() * (channels // groups))
-        ordered = in_weight_order and kernel.numel() > 1
-        self._image: Tensor | None = None
-        if x.device.type == "cpu" and x.dtype == torch.float32 and len(kernel) <= 2 and not ordered and native.usable():
-            self._image = self._channels_last(x)
-        self.channels_last = self._image is not None and kernel.numel() > 1
-
-    def _channels_last(self, x: Tensor) -> Tensor:
-        """[B, height, width, channels]."""
-        if self._conv is None:
-            return x.reshape(x.shape[0], 1, -1, x.shape[-1]).contiguous()
-        return (x.unsqueeze(2) if x.dim() == 3 else x).permute(0, 2, 3, 1).contiguous()
+        if conv is None:  # tokens are positions, features channels
+            x = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
+            conv = positions_alone(1)
+        if len(conv.kernel) == 1:
+            x, conv = x.unsqueeze(2), _on_a_plane(conv)
+        kernel, size = torch.Size(conv.kernel).numel(), conv.positions(tuple(x.shape[2:]))
+        t = torch.Size(size).numel()
+        self.shape = (x.shape[0], conv.groups, t + -t % TILE, x.shape[1] // conv.groups * kernel)
+        self._x, self._conv, self._image = x, conv, False
+        self.channels_last = False
+        ordered = in_weight_order and kernel > 1
+        if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not ordered and native.usable():
+            self._x, self._image = x.permute(0, 2, 3, 1).contiguous(), True
+            self.channels_last = kernel > 1
+            fields = (conv.kernel, conv.stride, conv.padding, conv.dilation, size)
+            self._walk = (*self._x.shape[1:], conv.groups, *(n for pair in fields for n in pair))
 
     def write(self, out: Tensor, part: slice) -> None:
         """Writes the rows of some examples into ``out``, C-contiguous."""
-        if self._image is not None:
-            native.unfold_and_rotate(self._image[part], out, self._walk())
-            return
         x = self._x[part]
-        matrices = x.reshape(len(x), -1, x.shape[-1]) if self._conv is None else patches(x, self._conv).transpose(1, 2)
-        out.copy_(rotate(matrices).view(out.shape))
+        if self._image:
+            native.unfold_and_rotate(x, out, self._walk)
+        elif x.dim() == 4 and x.dtype != torch.float64 and x.numel() and is_concrete(x) and fused.has_triton(x.device):
+            from emulation import rotation_triton
 
-    def _walk(self) -> tuple[int, ...]:
-        """As quantize.c takes it, on a plane."""
-        assert self._image is not None
-        size = tuple(self._image.shape[1:])
-        if self._conv is None:
-            return (*size, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, size[1])
-        conv, line = self._conv, len(self._conv.kernel) == 1
-        fields = (conv.kernel, conv.stride, conv.padding, conv.dilation, conv.positions(size[:2][line:]))
-        plain = (1, 1, 0, 1, 1)
-        both = [(p, *f) if line else f for p, f in zip(plain, fields, strict=True)]
-        return (*size, conv.groups, *(n for pair in both for n in pair))
+            rotation_triton.unfold_and_rotate(x, out, self._conv)
+        else:
+            out.copy_(rotate(patches(x, self._conv).transpose(1, 2)).view(out.shape))
+
+
+def positions_alone(groups: int) -> ConvGeometry:
+    """Of a convolution over a line that sees every position by itself."""
+    return ConvGeometry(kernel=(1,), stride=(1,), padding=(0,), dilation=(1,), groups=groups)
+
+
+def _on_a_plane(line: ConvGeometry) -> ConvGeometry:
+    return ConvGeometry(
+        kernel=(1, *line.kernel),
+        stride=(1, *line.stride),
+        padding=(0, *line.padding),
+        dilation=(1, *line.dilation),
+        groups=line.groups,
+    )

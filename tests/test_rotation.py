@@ -117,3 +117,32 @@ def test_weight_gradients_are_those_of_torchs_operations(layer: nn.Module, monke
         found.append((gradient.per_example(), gradient.weighted_sum(torch.tensor([0.5, 1.0, 2.0]))))
         assert bool((gradient.squared_norms() >= found[-1][0].flatten(1).double().square().sum(1) * (1 - 1e-6)).all())
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 24, 200])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        None,
+        ConvGeometry(kernel=(3,), stride=(2,), padding=(1,), dilation=(1,), groups=1),
+        ConvGeometry(kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+        ConvGeometry(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2),
+        ConvGeometry(kernel=(2, 5), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=3),
+    ],
+    ids=str,
+)
+def test_rows_on_cuda_have_torchs_bits(conv: ConvGeometry | None, channels: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spatial = (13, 11)[: 1 if conv is None else len(conv.kernel)]
+    shape = (3, *spatial, channels) if conv is None else (3, channels * conv.groups, *spatial)
+    x = torch.randn(shape, generator=generator)
+    x = (x * torch.exp2(torch.randint(-140, 120, shape, generator=generator))).to(dtype)
+    for given_x in (x, x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        rows = Unfolding(given_x.cuda(), conv, in_weight_order=True)
+        out = torch.empty(rows.shape, dtype=dtype, device="cuda")
+        rows.write(out, slice(None))
+        wanted = by_torch(x, conv, rows.shape, False)
+        assert same(out.cpu().float(), wanted.float())
