@@ -50,7 +50,7 @@ have it, for the networks and batches that were trained."""
 GROUPS = (
     ("Schedulers, sweep by sweep", ("fashion_main", "cifar10_main", "cifar10_time", "digits_main")),
     ("Fixed choices of layers", ("fashion_subsets", "cifar10_subsets")),
-    ("Settings of the scheduler", ("cifar10_ablation", "digits_ablation")),
+    ("Settings of the scheduler", ("digits_ablation",)),
     ("Formats and accumulation", ("fashion_formats", "cifar10_formats", "fashion_accumulate")),
     (
         "Other networks, optimizers and no privacy",
@@ -59,7 +59,6 @@ GROUPS = (
             "cifar10_deep",
             "cifar10_vit",
             "words_main",
-            "fashion_adam",
             "cifar10_finetune",
             "cifar10_nonprivate",
         ),
