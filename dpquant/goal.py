@@ -59,9 +59,10 @@ class Goal:
                 raise InputError(f"layers={name!r} is no layer that can be quantized", hint=hint)
         target = self.target_speedup
         if target is not None and self.scheduler != "full" and target > reach.max_speedup:
+            most = math.floor(100 * reach.max_speedup) / 100  # rounded up it could not be reached
             raise InputError(
                 f"target speedup {target}x is out of reach on {modelled.profile.name} with "
-                f"{'+'.join(modelled.formats)}: at most {reach.max_speedup:.2f}x",
+                f"{'+'.join(modelled.formats)}: at most {most:.2f}x",
                 hint=f"lower the target, or compare chips and formats with `dpquant estimate` ({modelled.basis} basis)",
             )
 

@@ -124,6 +124,7 @@ def cheapest(
     chosen = knapsack(choices, needed)
     if chosen is None:
         most = total / (total - sum(_best(found).saved for found in choices.values()) + analysis_s_per_step)
+        most = math.floor(100 * most) / 100  # rounded up it could not be reached
         raise InputError(
             f"target_speedup={target_speedup} is out of reach on {profile.name}: at most {most:.2f}x",
             hint="lower the target, or allow more layers or formats",
