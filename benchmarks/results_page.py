@@ -48,7 +48,7 @@ measurements of the MI355X). `pays from`: the first from which on it is 1.05x or
 PARETO = """What a format loses in accuracy, all layers in it, beside what it saves in time and energy on the chips that
 have it, for the networks and batches that were trained."""
 GROUPS = (
-    ("Schedulers, sweep by sweep", ("fashion_main", "cifar10_main", "cifar10_time", "digits_main")),
+    ("Schedulers, sweep by sweep", ("fashion_main", "fashion_time", "cifar10_main", "cifar10_time", "digits_main")),
     ("Fixed choices of layers", ("fashion_subsets", "cifar10_subsets")),
     ("Settings of the scheduler", ("digits_ablation",)),
     ("Formats and accumulation", ("fashion_formats", "cifar10_formats", "fashion_accumulate")),

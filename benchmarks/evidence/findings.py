@@ -33,8 +33,8 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
     for key, data in DATA.items():
         if f"{key}_main" in found:
             said.append(_compared(data, found[f"{key}_main"]))
-    if "cifar10_time" in found:
-        said.append(_compared("CIFAR-10 at equal modelled time", found["cifar10_time"]))
+        if f"{key}_time" in found:
+            said.append(_compared(f"{data} at equal modelled time", found[f"{key}_time"]))
     elsewhere = _elsewhere(found)
     if elsewhere:
         said.append(f"Annealed less static elsewhere: {elsewhere}.")

@@ -24,6 +24,7 @@ TITLES = {
     "digits_schedulers": "Schedulers on the digits, the demonstration",
     "fashion_subsets": "Every fixed choice of three of Fashion-MNIST's four layers",
     "cifar10_subsets": "Every fixed choice of seven of CIFAR-10's eight layers",
+    "fashion_time": "Schedulers on Fashion-MNIST at equal modelled time",
     "cifar10_time": "Schedulers on CIFAR-10 at equal modelled time",
     "digits_ablation": "Settings of the dpquant scheduler on the digits",
     "fashion_formats": "Formats on Fashion-MNIST",
