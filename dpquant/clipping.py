@@ -19,7 +19,7 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor, nn
 
 from dpquant.captures import Tape, attach, check_private
-from dpquant.gradients import Contribution, DenseGradient
+from dpquant.gradients import Contribution, DenseGradient, squared_norms, weighted_sums
 from emulation.errors import InputError, suggestion
 from emulation.layers import quantizable_layers
 
@@ -83,7 +83,7 @@ def per_example_norms(tape: Tape) -> Tensor:
 
 
 def _norms(contributions: list[Contribution]) -> Tensor:
-    return torch.stack([c.squared_norms() for c in contributions]).sum(0).sqrt()
+    return squared_norms(contributions).sqrt()
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -109,7 +109,7 @@ def clipped_sums(tape: Tape, factors: Tensor) -> dict[nn.Parameter, Tensor]:
 def _weighted_sums(contributions: list[Contribution], factors: Tensor, dropped: int) -> dict[nn.Parameter, Tensor]:
     if dropped:  # 0 * NaN is NaN: the examples themselves must go
         contributions = [c.without(factors == 0) for c in contributions]
-    return {c.parameter: c.weighted_sum(factors) for c in contributions}
+    return weighted_sums(contributions, factors)
 
 
 class PrivateOptimizer(DPOptimizer):

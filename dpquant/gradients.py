@@ -20,6 +20,7 @@ from emulation.gemms import (
     zero_examples,
 )
 
+_SMALL = 1 << 12  # numbers of an example's gradient below which calls cost more than arithmetic
 _PASSES = {True: 24, False: 128}  # multiply-adds in the time that one number is written and read twice: CPU, else
 
 
@@ -175,3 +176,34 @@ def combined(contributions: list[Contribution]) -> list[Contribution]:
         else:
             result.append(parts[0])
     return result
+
+
+def squared_norms(contributions: list[Contribution]) -> Tensor:
+    """Every example's squared gradient norm over all of them, [B] in float64, never too small."""
+    small, others = _small(contributions)
+    parts = [c.squared_norms() for c in others]
+    if small:
+        parts.append(squared_norm_bounds(torch.cat([c.values.flatten(1) for c in small], 1)))
+    return torch.stack(parts).sum(0)
+
+
+def weighted_sums(contributions: list[Contribution], factors: Tensor) -> dict[nn.Parameter, Tensor]:
+    """The sum of the examples' gradients, each times its factor [B], by parameter."""
+    small, others = _small(contributions)
+    found = {c.parameter: c.weighted_sum(factors) for c in others}
+    if small:
+        values = at_least_float32(torch.cat([c.values.flatten(1) for c in small], 1))
+        with exact_products():
+            row = factors.to(values.dtype) @ values
+        parts = row.split([c.parameter.numel() for c in small])
+        found |= {c.parameter: part.view(c.parameter.shape) for c, part in zip(small, parts, strict=True)}
+    return found
+
+
+def _small(contributions: list[Contribution]) -> tuple[list[DenseGradient], list[Contribution]]:
+    """Those that are worked on side by side in one tensor, as biases and normalisations are, and the others."""
+    small = [c for c in contributions if isinstance(c, DenseGradient) and c.parameter.numel() <= _SMALL]
+    if len(small) < 2:
+        return [], contributions
+    taken = {c.parameter for c in small}
+    return small, [c for c in contributions if c.parameter not in taken]

@@ -345,14 +345,14 @@ def exact_products() -> Iterator[None]:
     same gradient. Forward and backward keep whatever precision they have.
     """
     backends: Any = torch.backends
-    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [setting.fp32_precision for setting in settings]
+    every = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [(s, now) for s in every if (now := s.fp32_precision) in ("tf32", "bf16")]
     try:
-        for setting in settings:
+        for setting, _ in before:
             setting.fp32_precision = "ieee"
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
+        for setting, value in before:
             setting.fp32_precision = value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -207,12 +208,24 @@ def test_tf32_is_seen_to_need_its_allowance() -> None:
     assert (given._squared_norms(gemms.TF32) >= exact_squared_norms(seen)).all()
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3)])
-def test_products_for_clipping_are_of_whole_float32_numbers(
-    layer: nn.Linear | nn.Conv2d, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(params=["tf32", "none"])
+def precision_settings(request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
+    """Where torch is told that products of float32 may be of less, or is not told."""
     backends: Any = torch.backends
     settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = request.param
+    yield settings
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(3, 2, 3)])
+def test_products_for_clipping_are_of_whole_float32_numbers(
+    layer: nn.Linear | nn.Conv2d, precision_settings: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = precision_settings
     before = [setting.fp32_precision for setting in settings]
     seen: list[list[str]] = []
 
@@ -231,7 +244,7 @@ def test_products_for_clipping_are_of_whole_float32_numbers(
     gradient.squared_norms()
     gradient.weighted_sum(torch.ones(2))
     assert len(seen) == 3
-    assert set(map(tuple, seen)) == {("ieee",) * 4}
+    assert set(map(tuple, seen)) == {("ieee" if before[0] == "tf32" else "none",) * 4}
     assert [setting.fp32_precision for setting in settings] == before
 
 

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpquant.gradients import Contribution, DenseGradient, EmbeddingGradient, GemmGradient, combined
+from dpquant.gradients import (
+    Contribution,
+    DenseGradient,
+    EmbeddingGradient,
+    GemmGradient,
+    combined,
+    squared_norms,
+    weighted_sums,
+)
 from emulation.gemms import WeightGradient
 
 
@@ -41,6 +49,23 @@ def test_forms_agree_with_the_materialised_gradients(make: type[Contribution]) -
     kept = values.clone()
     kept[2] = 0
     torch.testing.assert_close(contribution.without(torch.arange(5) == 2).per_example(), kept)
+
+
+def test_small_ones_side_by_side_are_as_each_by_itself() -> None:
+    torch.manual_seed(0)
+    large = DenseGradient(parameter=nn.Parameter(torch.zeros(100, 50)), values=torch.randn(5, 100, 50))
+    vector = DenseGradient(parameter=nn.Parameter(torch.zeros(7)), values=torch.randn(5, 7).bfloat16())
+    every = [dense(), gemm(), vector, large, embedding(), dense()]
+    factors = torch.rand(5)
+    exact = torch.stack([c.per_example().double().flatten(1).square().sum(1) for c in every]).sum(0)
+    for some in (every, every[:2], every[1:2]):
+        sums = weighted_sums(some, factors)
+        assert set(sums) == {c.parameter for c in some}
+        for c in some:
+            wanted = torch.einsum("n,n...->...", factors, c.per_example().float())
+            torch.testing.assert_close(sums[c.parameter], wanted)
+    assert (squared_norms(every) >= exact).all()
+    torch.testing.assert_close(squared_norms(every), exact, rtol=2e-5, atol=0)
 
 
 def test_embedding_gradients_are_those_of_autograd() -> None:
