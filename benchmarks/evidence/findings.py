@@ -110,12 +110,8 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
     said = ["**Where does the accuracy go?** Each difference is against full precision, averaged over all budgets."]
     for name, evidence in found.items():
         key, _, kind = name.partition("_")
-        if kind == "main":
-            for fraction in sorted({p["schedule.fraction"] for p in evidence.points(scheduler="static")}):
-                lost = _against_full(evidence, scheduler="static", fraction=fraction)
-                if lost.low is not None:
-                    share = f"{100 * fraction:.0f} %" if fraction < 1 else "all"
-                    said.append(f"On {DATA[key]}, {share} of the layers in LUQ-FP4: {difference(lost)} points.")
+        if kind in ("main", "time"):
+            said += _lost(DATA[key], evidence)
         elif kind == "formats":
             costs = []
             for settings in evidence.points(scheduler="static", fraction=1.0):
@@ -126,6 +122,22 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 said.append(f"On {DATA[key]}, all layers, by format: {'; '.join(costs)}.")
     said.append(variance_tables.sentence())
     return " ".join(part for part in said if part)
+
+
+def _lost(data: str, evidence: Evidence) -> list[str]:
+    """What schedules cost against full precision, for every share of the layers and every target."""
+    said = []
+    goals = ("fraction", "{:.0%} of the layers in LUQ-FP4"), ("target_speedup", "LUQ-FP4 to a modelled {:g}x")
+    for goal, text in goals:
+        for value in sorted({p.get(f"schedule.{goal}") or 0.0 for p in evidence.points(scheduler="static")} - {0.0}):
+            parts = []
+            for scheduler in ("static", "greedy", "annealed"):
+                lost = _against_full(evidence, scheduler=scheduler, **{goal: value})
+                if lost.low is not None:
+                    parts.append(f"{scheduler} {difference(lost)}")
+            if parts:
+                said.append(f"On {data}, {text.format(value).replace('%', ' %')}: {', '.join(parts)} points.")
+    return said
 
 
 def _against_full(evidence: Evidence, **wanted: object) -> Sample:
