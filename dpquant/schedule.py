@@ -92,8 +92,9 @@ def draw_order(
 def share_of_epoch(scheduler: Scheduler, share: float, *, steps: int, steps_done: int, run_steps: int) -> float:
     """The share of the layers that an epoch quantizes, so that ``share`` is their average over the run's steps.
 
-    ``annealed`` quantizes everything at first and nothing at the end, ``delayed`` nothing at first and everything at
-    the end; all others quantize the same share in every epoch.
+    ``annealed`` quantizes everything at first and nothing at the end (as pretraining in NVFP4 may end in a higher
+    precision, arXiv 2509.25149), ``delayed`` nothing at first and everything at the end; all others quantize the same
+    share in every epoch.
 
     Args:
         scheduler: one of ``SCHEDULERS``.
