@@ -121,7 +121,9 @@ def quantize_squares(
 
     # a row for each block: three more passes over what are weights, and few
     planes, height, width, inner = shape
-    whole = F.pad(x.view(shape), (0, 0, 0, -width % size, 0, -height % size))
+    whole = x.view(shape)
+    if width % size or height % size:
+        whole = F.pad(whole, (0, 0, 0, -width % size, 0, -height % size))
     rows = whole.view(planes, -(-height // size), size, -(-width // size), size, inner).permute(0, 1, 3, 5, 2, 4)
     blocks = rows.contiguous()
     lines = blocks.numel() // size**2

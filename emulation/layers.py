@@ -174,7 +174,8 @@ class _ThreeGemms(torch.autograd.Function):
             xq, wq = precision.output_operands(x, weight, conv, keys)
         # where each GEMM quantizes along its own axis the operands themselves are kept
         own_axes = precision is not None and (precision.blocks or unit != "float32")
-        ctx.save_for_backward(*((x, weight) if own_axes else (xq, wq)), weight)
+        ctx.square = precision is not None and unit == "float32" and precision.weight.square_blocks
+        ctx.save_for_backward(x if own_axes else xq, weight if own_axes and not ctx.square else wq, weight)
         if precision is not None and unit != "float32":
             return unit_gemms.output(precision, unit, x, weight, bias, conv, keys)
         return gemms.output(xq, wq, bias, conv)
@@ -198,7 +199,7 @@ class _ThreeGemms(torch.autograd.Function):
             gq = grad_output
             if precision is not None and (needs_input or not own_axes):
                 gq = precision.gradient(grad_output, conv, keys)
-                if own_axes:
+                if own_axes and not ctx.square:  # square blocks serve both GEMMs
                     operand = precision.grad_input_weight(weight, conv, keys)
             if needs_weight and own_axes:
                 gradient = precision.weight_gradient(x, grad_output, weight, conv, keys)

@@ -138,9 +138,9 @@ def unfold_and_rotate(image: Tensor, out: Tensor, walk: tuple[int, ...]) -> None
     """Rows of kernel positions of ``image``, 16 at a time rotated; see rotation.py.
 
     Args:
-        image: float32 of the CPU, [B, height, width, channels], C-contiguous.
+        image: float32 of the CPU, [B, height, width, channels], C-contiguous, with the padding around it.
         out: [B, groups, T padded to a multiple of 16, kernel * channels / groups], the same.
-        walk: height, width, channels, groups; then two each of kernel, stride, padding, dilation and positions.
+        walk: height, width, channels, groups; then two each of kernel, stride, dilation and positions.
     """
     library = _library()
     assert library is not None

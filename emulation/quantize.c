@@ -238,6 +238,26 @@ INLINE void small_by(const float *x, float *out, int64_t n, const int64_t size, 
             (uint32_t)(index + i * size), kind, stochastic, scaling, 0, 1);
 }
 
+/* Rows of elements that have a scale each, the same in every row, all with one key. */
+INLINE void columns_by(const float *x, float *out, int64_t rows, int64_t width, int64_t apart, const Format *f,
+                       const float *scale, const float *factor, float unit, uint64_t key, int64_t index,
+                       const int kind, const int stochastic, const int scaling) {
+    for (int64_t j = 0; j < rows; j++)
+        run(x + j * apart, out + j * apart, width, f, scale, factor, unit, (uint32_t)key, (uint32_t)(key >> 32),
+            (uint32_t)(index + j * apart), kind, stochastic, scaling, 1, 0);
+}
+
+/* Whether it did them: only those of the common kinds. */
+static int columns(const float *x, float *out, int64_t rows, int64_t width, int64_t apart, const Format *f,
+                   const float *scale, const float *factor, float unit, uint64_t key, int64_t index) {
+    const int kind = kind_of(f), over = f->rule == MAX;
+#define COLUMNS(K, S, D)                                                                                           \
+    if (kind == K && f->stochastic == S && over == (D == OVER))                                                    \
+        return columns_by(x, out, rows, width, apart, f, scale, factor, unit, key, index, K, S, D), 1;
+    COLUMNS(PLAIN, 0, TIMES) COLUMNS(PLAIN, 1, TIMES) COLUMNS(PLAIN, 0, OVER) COLUMNS(MAGIC, 0, TIMES)
+    return 0;
+}
+
 /* Whether it did them: only those of the common kinds. */
 INLINE int small(const float *x, float *out, int64_t n, const int64_t size, const Format *f, const float *scale,
                  const float *factor, float unit, uint64_t key, int64_t index) {
@@ -307,6 +327,9 @@ static void some_blocks(const float *x, float *out, const Format *f, const Forma
             continue;
         }
         const int64_t rows = left < size ? left : size;
+        const int one_key = !f->stochastic || start / per_key == (start + rows * inner - 1) / per_key;
+        const uint64_t key = f->stochastic && one_key ? mix(keys[start / per_key]) : 0;
+        const int64_t index = start % per_key;
         for (int64_t c = 0; c < inner; c += BATCH) {
             const int64_t width = inner - c < BATCH ? inner - c : BATCH;
             memset(tops, 0, sizeof tops);
@@ -316,6 +339,9 @@ static void some_blocks(const float *x, float *out, const Format *f, const Forma
                     tops[i] = b > tops[i] ? b : tops[i];
                 }
             scales(tops, width, above, f, block_format, scale, factor);
+            const float *from = x + start + c;
+            if (one_key && columns(from, out + start + c, rows, width, inner, f, scale, factor, unit, key, index + c))
+                continue;
             for (int64_t j = 0; j < rows; j++) {
                 const int64_t at = start + j * inner + c;
                 keyed(x + at, out + at, at, width, f, scale, factor, unit, keys, per_key, scaling, 1);
@@ -485,9 +511,9 @@ enum { TILE = 16, SPAN = 256 }; /* rows rotated together; columns at a time */
 typedef float Lanes __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
 static const float SIGNS[TILE] = {1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1};
 
-/* Of an image [height, width, channels] and a convolution over it. */
+/* Of an image [height, width, channels], padding included, and a convolution over it. */
 typedef struct Walk {
-    int64_t height, width, channels, groups, kernel[2], stride[2], padding[2], dilation[2], positions[2];
+    int64_t height, width, channels, groups, kernel[2], stride[2], dilation[2], positions[2];
 } Walk;
 
 #define STAGE(APART)                                                                                               \
@@ -496,11 +522,11 @@ typedef struct Walk {
         v[t] = a + b, v[t + APART] = a - b;                                                                        \
     }
 
-/* Columns of 16 rows, in [TILE][SPAN], into rows of a matrix that lie `apart` elements apart. */
-static void rotate_columns(const float *in, float *out, int64_t columns, int64_t apart) {
+/* Columns of 16 rows, read in whole multiples of 16, into rows of a matrix that lie `apart` elements apart. */
+static void rotate_columns(const float *const *rows, float *out, int64_t columns, int64_t apart) {
     for (int64_t c = 0; c < columns; c += TILE) {
         Lanes v[TILE];
-        _Pragma("GCC unroll 16") for (int t = 0; t < TILE; t++) v[t] = *(const Lanes *)(in + t * SPAN + c) * SIGNS[t];
+        _Pragma("GCC unroll 16") for (int t = 0; t < TILE; t++) v[t] = *(const Lanes *)(rows[t] + c) * SIGNS[t];
         STAGE(1) STAGE(2) STAGE(4) STAGE(8)
         for (int t = 0; t < TILE; t++) v[t] *= 0.25f;
         if (columns - c >= TILE)
@@ -510,7 +536,11 @@ static void rotate_columns(const float *in, float *out, int64_t columns, int64_t
     }
 }
 
-INLINE int64_t within(int64_t n, int64_t low, int64_t high) { return n < low ? low : n > high ? high : n; }
+/* Few numbers at a time: a call of memcpy would cost more. */
+INLINE void copy(float *to, const float *from, int64_t n) {
+    for (; n >= 8; n -= 8, to += 8, from += 8) memcpy(to, from, 32);
+    for (; n > 0; n--) *to++ = *from++;
+}
 
 /* Tiles first..last of out [images, groups, tiles, TILE, kernel * channels / groups]. */
 static void part_rotated(Work *w, int64_t first, int64_t last) {
@@ -519,40 +549,36 @@ static void part_rotated(Work *w, int64_t first, int64_t last) {
     const int64_t own = g.channels / g.groups, features = g.kernel[0] * g.kernel[1] * own;
     /* what lies in a row in memory: a kernel's row of all channels, or one kernel position's channels */
     const int dense = g.groups == 1 && g.dilation[1] == 1;
-    const int64_t length = dense ? g.kernel[1] * own : own, runs = features / length;
-    float columns[TILE * SPAN] __attribute__((aligned(64)));
-    memset(columns, 0, sizeof columns);
+    const int64_t length = dense ? g.kernel[1] * own : own, across = dense ? 1 : g.kernel[1], runs = features / length;
+    float buffer[TILE][SPAN] __attribute__((aligned(64)));
+    const float *buffered[TILE], *corner[TILE], *from[TILE];
+    memset(buffer, 0, sizeof buffer);
+    for (int t = 0; t < TILE; t++) buffered[t] = buffer[t];
     for (int64_t item = first; item < last; item++) {
-        const int64_t group = item / tiles % g.groups;
         const float *image = w->x + item / tiles / g.groups * (g.height * g.width * g.channels);
         float *out = w->out + item * TILE * features;
-        int64_t top[TILE], left[TILE], filled = 0;
-        for (int t = 0; t < TILE; t++) {
-            const int64_t position = item % tiles * TILE + t;
-            top[t] = position / g.positions[1] * g.stride[0] - g.padding[0];
-            left[t] = position % g.positions[1] * g.stride[1] - g.padding[1];
-            if (position >= positions) top[t] = INT32_MIN; /* a row of zeros */
+        const int64_t position = item % tiles * TILE, left = positions - position, real = left < TILE ? left : TILE;
+        for (int64_t t = 0; t < real; t++) {
+            const int64_t y = (position + t) / g.positions[1] * g.stride[0], x = (position + t) % g.positions[1] * g.stride[1];
+            corner[t] = image + (y * g.width + x) * g.channels + item / tiles % g.groups * own;
         }
+        const int whole = real == TILE && length % TILE == 0; /* then nothing is read that is not there */
+        int64_t filled = 0;
         for (int64_t r = 0; r < runs; r++) {
-            const int64_t down = (dense ? r : r / g.kernel[1]) * g.dilation[0];
-            const int64_t right = dense ? 0 : r % g.kernel[1] * g.dilation[1];
+            const int64_t to = (r / across * g.dilation[0] * g.width + r % across * g.dilation[1]) * g.channels;
+            if (whole) {
+                for (int t = 0; t < TILE; t++) from[t] = corner[t] + to;
+                rotate_columns(from, out, length, features);
+                out += length;
+                continue;
+            }
             for (int64_t a = 0, count; a < length; a += count) {
                 count = length - a < SPAN - filled ? length - a : SPAN - filled;
-                for (int t = 0; t < TILE; t++) {
-                    const int64_t y = top[t] + down, x = left[t] + right, wide = dense ? g.kernel[1] : 1;
-                    const int inside = y >= 0 && y < g.height;
-                    const int64_t begin = within(-x * own, a, a + count); /* columns that are not padding */
-                    const int64_t end = inside ? within((g.width - x < wide ? g.width - x : wide) * own, begin, a + count) : begin;
-                    float *to = columns + t * SPAN + filled - a;
-                    for (int64_t i = a; i < begin; i++) to[i] = 0.0f;
-                    if (end > begin)
-                        memcpy(to + begin, image + (y * g.width + x) * g.channels + group * own + begin,
-                               (size_t)(end - begin) * 4);
-                    for (int64_t i = end; i < a + count; i++) to[i] = 0.0f;
-                }
+                for (int64_t t = 0; t < real; t++) copy(buffer[t] + filled, corner[t] + to + a, count);
                 filled += count;
                 if (filled == SPAN || (r == runs - 1 && a + count == length)) {
-                    rotate_columns(columns, out, filled, features);
+                    for (int64_t t = real; t < TILE; t++) memset(buffer[t], 0, sizeof buffer[t]); /* beyond the last */
+                    rotate_columns(buffered, out, filled, features);
                     out += filled;
                     filled = 0;
                 }
@@ -561,7 +587,7 @@ static void part_rotated(Work *w, int64_t first, int64_t last) {
     }
 }
 
-/* x [images, height, width, channels] unfolded into rows of kernel positions, channels innermost, and rotated. */
+/* x [images, height, width, channels], padding included, unfolded into rows of kernel positions, channels innermost, and rotated. */
 void unfold_and_rotate(const float *x, float *out, int64_t images, const Walk *walk, Team *team, int32_t threads) {
     const int64_t tiles = (walk->positions[0] * walk->positions[1] + TILE - 1) / TILE;
     const int64_t features = walk->kernel[0] * walk->kernel[1] * (walk->channels / walk->groups);

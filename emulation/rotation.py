@@ -10,7 +10,8 @@ from torch import Tensor
 
 from emulation import fused, native
 from emulation.codec import is_concrete
-from emulation.gemms import ConvGeometry, at_least_float32, patches
+from emulation.gemms import ConvGeometry, patches
+from emulation.norms import at_least_float32
 
 TILE = 16
 """Width of the rotation."""
@@ -64,9 +65,9 @@ class Unfolding:
         self.channels_last = False
         ordered = in_weight_order and kernel > 1
         if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not ordered and native.usable():
-            self._x, self._image = x.permute(0, 2, 3, 1).contiguous(), True
+            self._x, self._image = _padded_image(x, conv), True
             self.channels_last = kernel > 1
-            fields = (conv.kernel, conv.stride, conv.padding, conv.dilation, size)
+            fields = (conv.kernel, conv.stride, conv.dilation, size)
             self._walk = (*self._x.shape[1:], conv.groups, *(n for pair in fields for n in pair))
 
     def write(self, out: Tensor, part: slice) -> None:
@@ -80,6 +81,17 @@ class Unfolding:
             rotation_triton.unfold_and_rotate(x, out, self._conv)
         else:
             out.copy_(rotate(patches(x, self._conv).transpose(1, 2)).view(out.shape))
+
+
+def _padded_image(x: Tensor, conv: ConvGeometry) -> Tensor:
+    """[B, height, width, channels] with the convolution's zeros around it."""
+    image = x.permute(0, 2, 3, 1)
+    if not any(conv.padding):
+        return image.contiguous()
+    (n, height, width, channels), (above, beside) = image.shape, conv.padding
+    padded = x.new_zeros(n, height + 2 * above, width + 2 * beside, channels)
+    padded[:, above : above + height, beside : beside + width] = image
+    return padded
 
 
 def positions_alone(groups: int) -> ConvGeometry:
