@@ -4,8 +4,8 @@
     python benchmarks/convolutions.py --read benchmarks/results/convolutions_h200.json --hardware h200_measured
 
 Every convolution of ResNet-18 (CIFAR stem) and three of ResNet-50, forward, input gradient and weight gradient, in each
-precision and memory layout, timed in a CUDA graph; beside it the same work as one matrix product by the profile's
-calibration. The ratio is what `product_efficiency` of the eager constants stands for.
+precision and memory layout, timed in a CUDA graph; beside it what the cost model takes for it in an eager framework: a
+matrix product of its sizes and, where tensor cores meet channels first, both activations' change of layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hwmodels import load_profile, measure
-from hwmodels.gemm import gemm_seconds
+from hwmodels.cost import StepModel
+from hwmodels.dpsgd import CONVOLUTION_KERNELS, TURNED_FLOPS
 from hwmodels.profile import HardwareProfile
+from hwmodels.step import PHASE
+from hwmodels.workload import LayerWork, Product, Workload
 
 # channels in and out, height = width, kernel, stride
 SHAPES = (
@@ -43,7 +46,7 @@ SHAPES = (
 )
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = {"float32": "float32", "tf32": "tfloat32", "bf16": "bfloat16"}
-PASSES = ("forward", "grad_input", "grad_weight")
+PHASES = {"forward": "forward", "grad_input": "grad_input", "grad_weight": "weight_gradient"}
 COPIES = tuple(1 << power for power in range(12, 33, 2))
 
 
@@ -69,33 +72,70 @@ def convolutions(device: torch.device, batch: int, budget_s: float) -> list[dict
         x = torch.randn(batch, inputs, size, size, device=device, dtype=PRECISIONS[precision])
         weight = torch.randn(outputs, inputs, kernel, kernel, device=device, dtype=x.dtype)
         x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-        for name in PASSES:
+        for name in PHASES:
             seconds = measure.seconds_per_call([call(x, weight, stride, name)], device, budget_s)
             facts = {"shape": shape, "batch_size": batch, "precision": precision, "channels_last": last}
             rows.append(facts | {"pass": name, "seconds": seconds})
     return rows
 
 
-def predicted_s(row: dict[str, Any], profile: HardwareProfile) -> float:
-    """The same work as one matrix product."""
-    inputs, outputs, size, kernel, stride = row["shape"]
-    positions = row["batch_size"] * (-(-size // stride)) ** 2
-    inner = inputs * kernel * kernel
-    m, n, k = {
-        "forward": (positions, outputs, inner),
-        "grad_input": (positions, inner, outputs),
-        "grad_weight": (inner, outputs, positions),
-    }[row["pass"]]
-    assert profile.calibration is not None
-    rate = profile.rate(FORMATS[row["precision"]])
-    return gemm_seconds(m, n, k, params=profile.calibration, rate=rate, profile=profile)
+def workload(shape: Sequence[int], batch: int) -> Workload:
+    """One convolution as the cost model sees it."""
+    inputs, outputs, size, kernel, stride = shape
+    product = Product(
+        rows=(-(-size // stride)) ** 2,
+        inputs=inputs * kernel * kernel,
+        outputs=outputs,
+        input_elements=inputs * size * size,
+        weighted=True,
+        grad_input=True,
+        grad_weight=True,
+        convolution=True,
+    )
+    layer = LayerWork(name="convolution", kind="conv", products=(product,), parameters=product.weight_elements)
+    return Workload(layers=(layer,), batch_size=batch, parameters=layer.parameters)
+
+
+def predicted_s(row: dict[str, Any], profile: HardwareProfile) -> tuple[float, float]:
+    """Seconds of the product alone, and with what an eager framework brings: the layout's change and small kernels."""
+    work = workload(row["shape"], row["batch_size"])
+    options = {"method": "sgd", "framework": "eager", "baseline": FORMATS[row["precision"]]}
+    phase = PHASE[PHASES[row["pass"]]]
+    found = StepModel(work, profile, **options)
+    product = work.layers[0].products[0]
+    elements = product.input_elements + product.output_elements
+    turned_s = TURNED_FLOPS * row["batch_size"] * elements / profile.vector_flops_per_s
+    turns = row["precision"] != "float32"
+    whole = float(found.prices(None).seconds[phase].sum())
+    alone = whole - turned_s * turns
+    turned = turns and not row["channels_last"]
+    kernels = CONVOLUTION_KERNELS + 2 * turned
+    return alone, (whole if turned else alone) + kernels * profile.launch_s
+
+
+def table(found: dict[str, Any], profile: HardwareProfile) -> str:
+    """How long convolutions take beside their prediction, in Markdown: medians and quartiles over shapes."""
+    ratios: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in found["convolutions"]:
+        alone, whole = predicted_s(row, profile)
+        key = row["precision"], "last" if row["channels_last"] else "first", row["pass"]
+        ratios.setdefault(key, []).append((alone / row["seconds"], whole / row["seconds"]))
+    head = ["format", "channels", "pass", "product alone", "predicted", "quartiles", "within 1.5x"]
+    lines = [head, ["---"] * len(head)]
+    for key, values in ratios.items():
+        alone, whole = ([value[index] for value in values] for index in (0, 1))
+        low, middle, high = statistics.quantiles(whole, n=4)
+        near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in whole)
+        figures = [f"{statistics.median(alone):.2f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        lines.append([*key, *figures, f"{near} of {len(whole)}"])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def show(found: dict[str, Any], profile: HardwareProfile) -> None:
-    print("convolution                   batch pass         measured  as a product  ratio")
+    print("convolution                   batch pass         measured  predicted  ratio")
     ratios: dict[tuple[str, bool], list[float]] = {}
     for row in found["convolutions"]:
-        guess = predicted_s(row, profile)
+        _, guess = predicted_s(row, profile)
         ratios.setdefault((row["precision"], row["channels_last"]), []).append(guess / row["seconds"])
         inputs, outputs, size, kernel, stride = row["shape"]
         what = f"{inputs:4d} > {outputs:4d}, {size:3d}^2, {kernel}^2 / {stride}"
@@ -119,6 +159,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.02, help="per product")
     parser.add_argument("--hardware", default="h200")
     parser.add_argument("--read", type=Path, help="JSON file: measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/calibration.md")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -133,6 +174,9 @@ def main() -> None:
         found = {"machine": machine, "torch": torch.__version__, "convolutions": rows, "copies": copies}
         if args.out:
             args.out.write_text(json.dumps(found))
+    if args.markdown:
+        print(table(found, load_profile(args.hardware)), end="")
+        return
     show(found, load_profile(args.hardware))
 
 

@@ -127,8 +127,12 @@ class StepModel:
         if not self.options.eager or not kernels.sum():
             return np.zeros_like(kernels)
         eager, device = self.profile.eager, float(device_s.sum())
-        host_s = eager.step_s + eager.kernel_s * float(kernels.sum()) + self._hooks_s
-        shared: Array = (eager.step_seconds(host_s, device) - device) * kernels / kernels.sum()
+        if self.options.framework == "graphs":
+            waits_s = eager.replay_s
+        else:
+            host_s = eager.step_s + eager.kernel_s * float(kernels.sum()) + self._hooks_s
+            waits_s = eager.step_seconds(host_s, device) - device
+        shared: Array = waits_s * kernels / kernels.sum()
         return shared
 
     def step_s(self, plan: Mapping[str, str]) -> float:
@@ -257,7 +261,8 @@ def estimate(
         baseline: format of what is not quantized.
         basis: ``peak``: roofline on published peaks, no fixed costs; ``calibrated``: fitted to measurements. None:
             calibrated where the profile has a calibration.
-        framework: ``fused``: fused kernels; ``eager``: a kernel per operation, launched by a Python host.
+        framework: ``fused``: fused kernels; ``eager``: a kernel per operation, launched by a Python host; ``graphs``:
+            the same kernels, recorded once and replayed.
         optimizer: ``sgd``, ``momentum`` or ``adam``.
         physical_batch_size: most examples of one pass; None: the whole batch at once.
 

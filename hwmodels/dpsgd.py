@@ -11,9 +11,10 @@ Counting only: nothing here knows a chip or a low-precision format. The four way
   cheaper: eager, as this project does it, where T^2 (p + d) > 128 p d; fused, where T > 1024.
 
 ``framework="eager"`` counts what PyTorch and Opacus really do: a kernel per operation, tensor-core convolutions that
-turn channels-first tensors around and back, the batch gradient that autograd computes and Opacus throws away, unfolded
-patches, a fill and a copy of the per-example gradients, and for ``ghost`` the materialised gradients that Opacus falls
-back to for convolutions. ``"fused"`` counts what fused kernels need.
+turn channels-first tensors around and back, kernels that index element by element and so take as long for two bytes as
+for four, the batch gradient that autograd computes and Opacus throws away, unfolded patches, a fill and a copy of the
+per-example gradients, and for ``ghost`` the materialised gradients that Opacus falls back to for convolutions.
+``"graphs"`` counts the same; ``"fused"`` what fused kernels need.
 """
 
 from __future__ import annotations
@@ -28,6 +29,18 @@ from hwmodels.step import GRADIENT_BYTES, OPTIMIZER_STATES, Demand, StepOptions,
 from hwmodels.workload import Gemm, LayerWork, Product, Workload
 
 NOISE_FLOPS = 50  # float32 operations of one Gaussian draw: Philox 4x32-10, logarithm, root, sine
+# Kernels that compute each element's address take as long as so many float32 operations, whatever its width. Seen on an
+# H200 with PyTorch 2.11 (benchmarks/step.py --kernels, ResNet-18, batch 1024), picoseconds per element in tf32, bf16:
+# group norm 8.9, 8.3 forward (two passes), 12.6, 12.3 backward (three, and a block per example and channel: 0.37 ns, as
+# ResNet-50's many small images show); a padded, strided copy of patches 3.7, 3.3; cuDNN between channels first and
+# last 2.2, 1.9; this project's unfolding 2.0.
+INDEXED_FLOPS = 250
+CHANNEL_FLOPS = 25_000
+TURNED_FLOPS = 140
+# Kernels beside those that are counted one by one, seen ditto: of a convolution's product (workspaces, split sums), and
+# per layer with parameters what Opacus's hooks and this project's bounds on norms launch of small ones.
+CONVOLUTION_KERNELS = 1
+HOOK_KERNELS = {"hooks": 12, "ghost": 16, "mixed": 16, "bookkeeping": 24}
 
 
 def demand(workload: Workload, options: StepOptions) -> Demand:
@@ -72,9 +85,14 @@ def _model_passes(tally: Tally, index: int, layer: LayerWork, options: StepOptio
         backward = found.backward if options.eager else found.fused_backward
         kernels = found.kernels_forward if options.eager else found.fused_kernels_forward
         back_kernels = found.kernels_backward if options.eager else found.fused_kernels_backward
-        tally.move(index, "other", scale * (forward + backward), count * (kernels + back_kernels))
+        flops = back_flops = 0.0
+        if options.eager and found.operation == "native_group_norm":
+            forward = backward = 0.0
+            flops = 2 * INDEXED_FLOPS * examples * count * found.fused_forward / 2
+            back_flops = 1.5 * flops + CHANNEL_FLOPS * examples * count * layer.parameters / 2
+        tally.move(index, "other", scale * (forward + backward), count * (kernels + back_kernels), flops + back_flops)
         if second:
-            tally.move(index, "second_backward", scale * backward, count * back_kernels)
+            tally.move(index, "second_backward", scale * backward, count * back_kernels, back_flops)
 
 
 def _product(tally: Tally, index: int, product: Product, options: StepOptions, examples: int, count: int) -> None:
@@ -95,8 +113,7 @@ def _product(tally: Tally, index: int, product: Product, options: StepOptions, e
         for phase in ("grad_input", "second_backward")[: 1 + second]:
             tally.gemm(index, phase, whole, activation, count)
         return
-    opacus = options.eager and options.private and options.clipping != "bookkeeping"
-    if not options.private or opacus:  # autograd's own batch gradient, which Opacus throws away
+    if not options.private or options.opacus:  # autograd's own batch gradient, which Opacus throws away
         _turn(tally, index, "weight_gradient", product, options, examples, count)
         tally.gemm(index, "weight_gradient", whole, GRADIENT_BYTES, count)
     if second:
@@ -109,11 +126,13 @@ def _product(tally: Tally, index: int, product: Product, options: StepOptions, e
 def _turn(
     tally: Tally, index: int, phase: str, product: Product, options: StepOptions, examples: int, count: int
 ) -> None:
-    """Copies of a channels-first convolution's two activations into the tensor cores' layout, or out of it."""
-    baseline = get_format(options.baseline).name
-    if options.eager and product.convolution and baseline != "float32":
-        elements = examples * (product.input_elements + product.output_elements)
-        tally.move(index, phase, 2 * stored_bytes(baseline) * elements * count, 2 * count)
+    """What a convolution's product brings: copies of two activations into the tensor cores' layout, or out of it."""
+    if not (options.eager and product.convolution):
+        return
+    tally.move(index, phase, 0.0, CONVOLUTION_KERNELS * count)
+    if get_format(options.baseline).name != "float32":
+        elements = examples * (product.input_elements + product.output_elements) * count
+        tally.move(index, phase, 0.0, 2 * count, TURNED_FLOPS * elements)
 
 
 def forms_gradients(product: Product, options: StepOptions) -> bool:
@@ -149,13 +168,14 @@ def _clipped_product(
     kept = keeps_gradients(product, options)
     if forms_gradients(product, options):
         phase = "weight_gradient" if kept else "norm_and_clip"
-        gradients = float(examples * product.weight_elements * GRADIENT_BYTES) * count
+        gradients = float(examples * product.weight_elements * options.gradient_bytes) * count
         unfolded = _unfold(tally, index, phase, product, options, examples, count)
         written = kept or options.eager  # else a fused kernel squares and adds in its epilogue
         each = product.example_gradients(examples, unfolded=unfolded)
-        tally.gemm(index, phase, each, GRADIENT_BYTES if written else 0.0, count)
-        if options.eager and options.clipping != "bookkeeping":  # Opacus fills a buffer with zeros and copies into it
-            tally.move(index, phase, 3 * gradients, 2 * count)
+        tally.gemm(index, phase, each, options.gradient_bytes if written else 0.0, count)
+        if options.opacus:  # scales the output's gradient by the batch size, fills a buffer with zeros, copies into it
+            scaled = 2 * width * examples * product.output_elements * count
+            tally.move(index, phase, 3 * gradients + scaled, 3 * count)
         if written:
             tally.move(index, "norm_and_clip", gradients * (1 + kept), count * (1 + kept))  # read: norms, weighted sum
     else:
@@ -169,11 +189,15 @@ def _clipped_product(
 def _unfold(
     tally: Tally, index: int, phase: str, product: Product, options: StepOptions, examples: int, count: int
 ) -> bool:
-    """A convolution's patches written out by an eager framework: padded (filled, copied), then gathered."""
+    """A convolution's patches written out by an eager framework: by Opacus padded (filled, copied), then gathered."""
     if not options.eager or product.unfolded_elements == product.input_elements:
         return False
-    moved = 4 * product.input_elements + product.unfolded_elements
-    tally.move(index, phase, stored_bytes(options.baseline) * examples * moved * count, 3 * count)
+    patches = float(examples * product.unfolded_elements * count)
+    if options.opacus:
+        padded = 4 * stored_bytes(options.baseline) * examples * product.input_elements * count
+        tally.move(index, phase, padded, 3 * count, INDEXED_FLOPS * patches)
+    else:
+        tally.move(index, phase, 0.0, count, TURNED_FLOPS * patches)
     return True
 
 
@@ -215,22 +239,26 @@ def _small_gradients(
             tally.move(index, "weight_gradient", (table + width * looked_up) * count, 2 * count)
         return
     if options.eager and layer.kind == "norm":
-        if (
-            options.private
-        ):  # Opacus normalises again, multiplies by the output gradient, and sums that and the gradient
-            normed = sum(p.fused_forward for p in layer.passes) / 2
-            tally.move(index, "weight_gradient", 8 * width * examples * normed * count, 6 * count)
+        if options.private:  # what was normalised times the output's gradient, and the sums of that and the gradient
+            normed = examples * count * sum(p.fused_forward for p in layer.passes) / 2
+            tally.move(index, "weight_gradient", 5 * width * normed, 4 * count)
+            if options.opacus:  # which scales the output's gradient, and normalises again
+                tally.move(index, "weight_gradient", 2 * width * normed, count)
+                indexed = any(p.operation == "native_group_norm" for p in layer.passes)
+                moved, flops = (0.0, 2 * INDEXED_FLOPS * normed) if indexed else (3 * width * normed, 0.0)
+                tally.move(index, "weight_gradient", moved, 2 * count, flops)
     elif options.eager:  # a bias: a pass over the output gradient of its own; a fused backward pass has it at hand
         outputs = sum(p.output_elements for p in layer.products)
         tally.move(index, "weight_gradient", width * examples * outputs * count, count)
     if options.private:
-        tally.move(index, "norm_and_clip", 2.0 * GRADIENT_BYTES * examples * small * count, 2 * count)
+        tally.move(index, "norm_and_clip", 2.0 * options.gradient_bytes * examples * small * count, 2 * count)
 
 
 def _clip(tally: Tally, index: int, layer: LayerWork, options: StepOptions, examples: int, count: int) -> None:
     """Norms of a layer's parameters brought together and turned into clip factors: small, but kernels."""
     if options.eager:
-        tally.move(index, "norm_and_clip", 4.0 * GRADIENT_BYTES * examples * count, 2 * count)
+        kernels = 2 + HOOK_KERNELS[options.clipping]
+        tally.move(index, "norm_and_clip", 4.0 * GRADIENT_BYTES * examples * count, kernels * count)
 
 
 def _noise(tally: Tally, index: int, layer: LayerWork, options: StepOptions) -> None:

@@ -13,24 +13,34 @@ class EagerCosts:
     --fit`` has the fit, and its error on steps that it had not seen).
 
     Attributes:
-        product_efficiency: how fast convolutions run beside the fitted GEMMs of their sizes.
+        float32_efficiency, tfloat32_efficiency, bfloat16_efficiency: how fast products, most of them convolutions, run
+            beside the fitted GEMMs of their sizes, in these formats and (the last) all narrower ones.
         pass_efficiency: how much of the fitted bandwidth norms and elementwise kernels reach.
         kernel_s: of the host, per kernel: Python, autograd and launch.
         step_s: of the host, per step.
         hooks_layer_s, ghost_layer_s, bookkeeping_layer_s: of the host, per layer with parameters: the hooks of private
             training.
+        replay_s: of the host, per step whose kernels are replayed as a graph.
         overlap: exponent p of ``(host^p + device^p)^(1/p)``: infinity takes the longer of the two, as if one of them
             were ahead all the time; lower, each waits for the other in some part of the step.
     """
 
-    product_efficiency: float = 0.679
-    pass_efficiency: float = 0.81
-    kernel_s: float = 17.9e-6
-    step_s: float = 1.2e-3
-    hooks_layer_s: float = 0.542e-3
-    ghost_layer_s: float = 0.706e-3
-    bookkeeping_layer_s: float = 0.262e-3
-    overlap: float = 2.07
+    float32_efficiency: float = 0.707
+    tfloat32_efficiency: float = 0.607
+    bfloat16_efficiency: float = 1.1
+    pass_efficiency: float = 1.07
+    kernel_s: float = 19.5e-6
+    step_s: float = 2.27e-3
+    hooks_layer_s: float = 0.544e-3
+    ghost_layer_s: float = 0.755e-3
+    bookkeeping_layer_s: float = 0.259e-3
+    replay_s: float = 1.01e-3
+    overlap: float = 2.93
+
+    def product_efficiency(self, format_name: str) -> float:
+        """How fast products of a format run beside the fitted GEMMs of their sizes."""
+        own = {"float32": self.float32_efficiency, "tfloat32": self.tfloat32_efficiency}
+        return own.get(format_name, self.bfloat16_efficiency)
 
     def layer_s(self, clipping: str) -> float:
         """Host seconds per layer with parameters for a way of clipping; ``mixed`` is taken for ``ghost``."""

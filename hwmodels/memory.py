@@ -115,7 +115,7 @@ def _unquantized(workload: Workload, options: StepOptions) -> _Unquantized:
     outputs = {layer.name: _kept_outputs(layer, options) for layer in workload.layers}
     kept = norms = 0.0
     if options.private:
-        kept = GRADIENT_BYTES * sum(_kept_gradients(layer, options) for layer in workload.layers)
+        kept = options.gradient_bytes * sum(_kept_gradients(layer, options) for layer in workload.layers)
         norms = max((_norm_workspace(layer, options) for layer in workload.layers), default=0.0)
     amounts = {  # fixed, per example
         "weights": ((workload.parameters + workload.frozen_parameters) * weight_bytes, 0.0),
@@ -169,9 +169,10 @@ def _kept_outputs(layer: LayerWork, options: StepOptions) -> float:
 def _norm_workspace(layer: LayerWork, options: StepOptions) -> float:
     """Bytes per example while one layer's norms are taken; none where a fused kernel adds up squares.
 
-    Unfolded patches count for Opacus only: book-keeping unfolds a few examples at a time.
+    Unfolded patches count for Opacus only: book-keeping unfolds a few examples at a time. Nor does it count for hooks,
+    whose fullest moment is the end of the backward pass: every gradient is there, and the layer at work is small.
     """
-    if not options.eager:
+    if not options.eager or options.clipping == "hooks":
         return 0.0
     width, largest = stored_bytes(options.baseline), 0.0
     for product in (p for p in layer.products if p.weighted and p.grad_weight):
@@ -180,8 +181,8 @@ def _norm_workspace(layer: LayerWork, options: StepOptions) -> float:
         if not forms_gradients(product, options):
             elements = 2 * product.rows**2 * product.groups if product.rows > 1 else 0
         elif keeps_gradients(product, options):
-            elements = product.weight_elements if options.clipping == "hooks" else 0  # the copy into Opacus's buffer
+            elements = 0
         else:
             elements = 2 * product.weight_elements  # the gradients, and their copy
-        largest = max(largest, elements * GRADIENT_BYTES + unfolded * width)
+        largest = max(largest, elements * options.gradient_bytes + unfolded * width)
     return largest

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emulation.formats import BlockFormat, get_format
+from hwmodels.calibration import KERNELS
 from hwmodels.dpsgd import demand
 from hwmodels.gemm import gemm_rates, kernel_of
 from hwmodels.gemm_arrays import Array, products_seconds
@@ -25,7 +26,9 @@ MEMORY, LAUNCH = BOUNDS.index("memory"), BOUNDS.index("launch")
 MEMORY_SHARE_OF_POWER = 0.85
 """Dynamic power of memory at full bandwidth, as a share of limit minus idle: seen 0.81 (B200) to 0.9 (H200) on
 memory-bound GEMMs; used where a profile has no fitted power."""
-
+VECTOR_SHARE_OF_POWER = 0.7
+"""The same of kernels bound by arithmetic or addresses outside the matrix unit: seen 0.65 (bfloat16) to 0.75 (tfloat32)
+in steps of ResNet-18 on an H200, which norms and changes of layout take two thirds of."""
 
 _PHASES = slice(0, len(PHASES))
 _BOUNDS = slice(_PHASES.stop, _PHASES.stop + len(BOUNDS))
@@ -154,6 +157,9 @@ class Pricer:
                 band, outside = (0.0, 0.0), np.zeros(len(flops))
             else:
                 taken, launch, band, outside = self._calibrated(rate)
+                if self.options.eager:
+                    bound = compute_s >= memory_s
+                    taken[bound] /= self.profile.eager.product_efficiency(rate.timed_as)
             power = self._power(rate)
             part, by_compute = taken - launch, compute_s >= memory_s
             joules = np.zeros_like(taken)
@@ -175,7 +181,6 @@ class Pricer:
         assert calibration is not None  # checked_basis() has refused the basis otherwise
         kernel = calibration.kernels[kernel_of(rate, calibration)]
         taken = products_seconds(products, kernel, gemm_rates(rate, self.profile))
-        taken /= self.profile.eager.product_efficiency if self.options.eager else 1.0
         sizes = (
             (products.m * products.batch, kernel.range_m),
             (products.n, kernel.range_n),
@@ -220,6 +225,9 @@ class Pricer:
     def _price_passes(self, moved: Array, vector: Array, launches: Array) -> Array:
         """Everything that is no product: memory traffic or float32 arithmetic, whichever is longer, and launches.
 
+        Kernels of an eager framework do one or the other, one after another, and last a launch at least: so small ones
+        take that, and large ones what they move.
+
         Returns:
             Rows of a price list.
         """
@@ -230,9 +238,10 @@ class Pricer:
             bandwidth *= self.profile.eager.pass_efficiency if self.options.eager else 1.0
             launch_s = self.profile.launch_s
         memory_s, compute_s = moved / bandwidth, vector / self.profile.vector_flops_per_s
-        taken, by_compute = np.maximum(memory_s, compute_s), compute_s > memory_s
-        kernels = launches.sum(0)
-        fixed = kernels * launch_s
+        taken = memory_s + compute_s if self.options.eager else np.maximum(memory_s, compute_s)
+        by_compute = compute_s > memory_s
+        kernels, fixed = launches.sum(0), launches * launch_s
+        fixed = (np.hypot(taken, fixed) - taken if self.options.eager else fixed).sum(0)
         table = np.zeros((_ROWS, moved.shape[1]))
         table[_PHASES] = taken
         table[PHASE["launch"]] += fixed
@@ -240,7 +249,7 @@ class Pricer:
         table[_KERNELS] = kernels
         power = self._power(self.baseline)
         if power:
-            per_flop = (power.limit_w - power.idle_w) / self.profile.vector_flops_per_s
+            per_flop = VECTOR_SHARE_OF_POWER * (power.limit_w - power.idle_w) / self.profile.vector_flops_per_s
             dynamic = power.per_byte * moved + per_flop * vector + power.active_w * taken
             table[_JOULES] = power.joules(taken, dynamic).sum(0) + power.idle_w * fixed
         return table
@@ -261,12 +270,17 @@ class Pricer:
                 per_flop=dynamic / rate.peak_flops_per_s,
                 per_byte=MEMORY_SHARE_OF_POWER * dynamic / profile.memory.bandwidth_bytes_per_s,
             )
-        asked = kernel_power(kernel_of(rate, profile.calibration), fitted, profile)
+        kernel = kernel_of(rate, profile.calibration)
+        asked = kernel_power(kernel, fitted, profile)
+        # a format that borrows a kernel's constants costs as much more per operation as it is slower
+        per_flop = asked.joules_per_flop * profile.rate(KERNELS[kernel]).peak_flops_per_s / rate.peak_flops_per_s
+        if rate.peak_flops_per_s <= profile.vector_flops_per_s:  # outside the matrix unit: the peak draws the limit
+            per_flop = (limit - idle) / rate.peak_flops_per_s
         return _Power(
             idle_w=fitted.idle_w,
             active_w=asked.active_w,
             limit_w=fitted.saturation * limit,
-            per_flop=asked.joules_per_flop,
+            per_flop=per_flop,
             per_byte=asked.joules_per_byte,
         )
 

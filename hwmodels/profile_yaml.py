@@ -75,13 +75,16 @@ _FALLS_BACK = Fields(
 )
 
 _EAGER = {
-    "product_efficiency": ("speed of convolutions beside fitted GEMMs", 0.05, 2.0, "1 is as fast"),
+    "float32_efficiency": ("speed of float32 products beside fitted GEMMs", 0.05, 2.0, "1 is as fast"),
+    "tfloat32_efficiency": ("speed of tfloat32 products beside fitted GEMMs", 0.05, 2.0, "1 is as fast"),
+    "bfloat16_efficiency": ("speed of other formats' products beside fitted GEMMs", 0.05, 2.0, "1 is as fast"),
     "pass_efficiency": ("bandwidth of norms and elementwise kernels beside the fitted one", 0.05, 2.0, "1 is as fast"),
     "kernel_s": ("host time per kernel", 1e-7, 1e-3, "seconds: 20 microseconds is 20e-6"),
     "step_s": ("host time per step", 0.0, 1.0, "seconds"),
     "hooks_layer_s": ("host time per layer of Opacus's hooks", 0.0, 0.1, "seconds"),
     "ghost_layer_s": ("host time per layer of ghost clipping", 0.0, 0.1, "seconds"),
     "bookkeeping_layer_s": ("host time per layer of book-keeping", 0.0, 0.1, "seconds"),
+    "replay_s": ("host time per step of replayed kernels", 0.0, 1.0, "seconds"),
     "overlap": ("exponent that joins host and device time: high takes the longer", 1.0, 32.0, "1 adds them"),
 }
 _BYTES_HINT = "bytes: 80 GB is 80e9, 50 MiB is 52428800"

@@ -28,10 +28,10 @@ PHASES = (
 PHASE = {name: index for index, name in enumerate(PHASES)}
 METHODS = ("dp-sgd", "sgd")
 CLIPPINGS = ("bookkeeping", "hooks", "ghost", "mixed")
-FRAMEWORKS = ("fused", "eager")
+FRAMEWORKS = ("fused", "eager", "graphs")
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adam": 2}
 
-GRADIENT_BYTES = 4  # per-example gradients, their sum and the noise are float32
+GRADIENT_BYTES = 4  # the sum of the gradients and the noise are float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class StepOptions:
         method: ``dp-sgd`` or plain ``sgd``.
         clipping: ``bookkeeping``, ``hooks``, ``ghost`` or ``mixed``; of no effect for ``sgd``.
         baseline: the format of everything that is not quantized.
-        framework: ``fused`` or ``eager``.
+        framework: ``fused``, ``eager``, or ``graphs``: eager kernels, recorded once and replayed.
         optimizer: ``sgd``, ``momentum`` or ``adam``.
         physical_batch_size: most examples of one pass; a larger batch is accumulated. None: all in one.
 
@@ -53,7 +53,7 @@ class StepOptions:
     method: Literal["dp-sgd", "sgd"] = "dp-sgd"
     clipping: Literal["bookkeeping", "hooks", "ghost", "mixed"] = "bookkeeping"
     baseline: str = "bfloat16"
-    framework: Literal["fused", "eager"] = "fused"
+    framework: Literal["fused", "eager", "graphs"] = "fused"
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     physical_batch_size: int | None = None
 
@@ -79,7 +79,17 @@ class StepOptions:
     @property
     def eager(self) -> bool:
         """Whether every operation is a kernel of its own."""
-        return self.framework == "eager"
+        return self.framework != "fused"
+
+    @property
+    def opacus(self) -> bool:
+        """Whether clipping is done as Opacus does it: by hooks or ghost norms in an eager framework."""
+        return self.eager and self.private and self.clipping != "bookkeeping"
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Per element of per-example gradients: float32, but Opacus keeps the network's own type."""
+        return min(float(GRADIENT_BYTES), stored_bytes(self.baseline)) if self.opacus else float(GRADIENT_BYTES)
 
     def passes(self, batch_size: int) -> tuple[int, int]:
         """How many forward and backward passes a batch takes, and the examples of each."""

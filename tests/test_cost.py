@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,9 +90,11 @@ def test_private_step_of_a_linear_layer_by_hand() -> None:
     close(hooks.phases["weight_gradient"], moved / 1e6)  # 8.6 GB written: memory, not the 4.29 GFLOP
     close(hooks.phases["norm_and_clip"], 2 * gradients / 1e6)  # read for the norms and for the weighted sum
     eager = estimate(linear(4096, 1024, 512), {}, TOY, basis="peak", clipping="hooks", framework="eager")
-    close(
-        eager.phases["weight_gradient"], 42.94967296 + (moved + 3 * gradients) / 1e6
-    )  # the batch gradient thrown away, zeros written, gradients copied
+    # the batch gradient thrown away, gradients in the network's own type, zeros written, gradients copied, the output's
+    # gradient scaled
+    written, scaled = gradients / 2, 2 * 2 * 4096 * 512
+    expected = 42.94967296 + (moved - gradients + written + 3 * written + scaled) / 1e6
+    close(eager.phases["weight_gradient"], expected)
 
 
 # --- by hand: one convolution 3x3, 64 -> 32 channels, 16x16 pixels, stride 2, padding 1
@@ -139,18 +139,41 @@ def test_convolution_by_hand() -> None:
 def test_eager_convolution_by_hand() -> None:
     work = convolution(32)
     image, result, weight = 32 * 64 * 256, 32 * 32 * 64, 32 * 64 * 9
-    turned = 2 * 2 * (image + result)  # both activations read and written in the other layout
+    turned = 140 * (image + result)  # both activations into the other layout or out of it, at 1 TFLOP/s
     product = (image + weight + result) * 2
     close(layer_phase(work, "1", "forward", method="sgd", framework="eager"), (turned + product) / 1e6)
     wide = layer_phase(work, "1", "forward", method="sgd", framework="eager", baseline="float32")
     assert wide == layer_phase(work, "1", "forward", method="sgd", baseline="float32")  # no tensor cores, no turning
     patches = 32 * (64 * 9) * 64
-    gradients = 32 * weight * 4
+    gradients = 32 * weight * 2  # as Opacus keeps them: in the network's own type
     batch = turned + (image + result) * 2 + weight * 4  # autograd's own, thrown away
-    unfold = (4 * image + patches) * 2  # padded: filled, read, written; read again, the patches written
+    unfold = 4 * image * 2 + 250 * patches  # padded: filled, read, written, read again; the patches one by one
     each = (patches + result) * 2 + gradients
-    expected = batch + unfold + each + 3 * gradients
+    expected = batch + unfold + each + 3 * gradients + 2 * 2 * result  # filled, copied; the output's gradient scaled
     close(layer_phase(work, "1", "weight_gradient", clipping="hooks", framework="eager"), expected / 1e6)
+
+
+def test_eager_group_norm_by_hand() -> None:
+    workload = trace(nn.Sequential(nn.GroupNorm(4, 16), nn.Flatten()), torch.zeros(1, 16, 8, 8), 32)
+    elements, channels = 32 * 16 * 64, 32 * 16
+    passes = 2 * 250 * elements + 3 * 250 * elements + 25_000 * channels
+    close(layer_phase(workload, "0", "other", method="sgd", framework="eager"), passes / 1e6)
+    for baseline in ("float32", "bfloat16"):  # such kernels take as long for two bytes as for four
+        options = {"method": "sgd", "framework": "eager", "baseline": baseline}
+        close(layer_phase(workload, "0", "other", **options), passes / 1e6)
+    again = 2 * 250 * elements + 7 * 2 * elements  # Opacus normalises again; scaled, multiplied, summed twice
+    close(layer_phase(workload, "0", "weight_gradient", clipping="hooks", framework="eager"), again / 1e6)
+
+
+def test_graphs_replay_the_same_kernels_without_a_host() -> None:
+    workload = traced("digits_cnn", 16)
+    eager, graphs = (
+        estimate(workload, {}, load_profile("h200"), framework=name, basis="calibrated") for name in ("eager", "graphs")
+    )
+    assert {k: v for k, v in eager.phases.items() if k != "launch"} == {
+        k: v for k, v in graphs.phases.items() if k != "launch"
+    }
+    assert graphs.step_s < 0.5 * eager.step_s
 
 
 # --- against other functions
@@ -249,40 +272,6 @@ def test_physical_batches_repeat_the_passes_and_not_the_noise() -> None:
     added = 3 * 3 * 4 * workload.parameters / 1e12  # three times: two sums read, one written
     assert parts.phases["norm_and_clip"] == pytest.approx(4 * one.phases["norm_and_clip"] + added)
     assert parts.peak_memory_bytes < whole.peak_memory_bytes
-
-
-# --- against measured steps: ResNet-18 with a CIFAR stem on an H200 (benchmarks/results)
-
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-CASES = {
-    "plain SGD": {"method": "sgd"},
-    "Opacus hooks": {"clipping": "hooks"},
-    "Opacus ghost": {"clipping": "ghost"},
-    "private": {"clipping": "bookkeeping"},
-}
-
-
-@pytest.mark.parametrize(("name", "baseline"), [("float32", "float32"), ("tf32", "tfloat32")])
-def test_predicted_steps_beside_measured_ones(name: str, baseline: str) -> None:
-    with torch.device("meta"):
-        model = build_model("resnet18", stem="cifar")
-    workload = trace(model, torch.empty(1, 3, 32, 32), 64)
-    profile = load_profile("h200")
-    rows = json.loads((RESULTS / f"step_h200_{name}.json").read_text())["rows"]
-    seen = [row for row in rows if row["case"] in CASES]
-    assert len(seen) >= 12
-    off = []
-    for row in seen:
-        options = {"framework": "eager", "baseline": baseline, **CASES[row["case"]]}
-        found = estimate(workload.at(row["batch_size"]), {}, profile, basis="calibrated", **options)
-        error = found.step_s / (row["median_ms"] / 1e3) - 1
-        # the host is in part beside the device at 256, which max(host, device) does not see
-        assert abs(error) < (0.2 if row["batch_size"] == 1024 else 0.3), (row, found)
-        off.append(abs(error))
-        # measured beside what the step before had left: of Opacus's hooks that is every per-example gradient
-        if row["batch_size"] == 1024 and row["case"] != "Opacus hooks":
-            assert found.peak_memory_bytes == pytest.approx(row["peak_bytes"], rel=0.1)
-    assert sum(off) / len(off) < 0.15
 
 
 # --- memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_by_hand() -> None:
     assert EAGER.step_seconds(0.0, 0.0) == 0.0
     assert EAGER.layer_s("mixed") == EAGER.layer_s("ghost") == EAGER.ghost_layer_s
     assert EAGER.layer_s("hooks") == EAGER.hooks_layer_s
+    assert EAGER.product_efficiency("float32") == EAGER.float32_efficiency
+    assert EAGER.product_efficiency("float8_e4m3fn") == EAGER.product_efficiency("float16") == EAGER.bfloat16_efficiency
 
 
 def test_a_profiles_own_constants_are_used_by_eager_estimates_alone() -> None:
@@ -56,24 +59,53 @@ def test_a_profile_gives_them_with_their_source(tmp_path: Path) -> None:
     assert len(check(bad)) == 2
 
 
-def predictions() -> Any:
-    spec = importlib.util.spec_from_file_location("predicted", ROOT / "benchmarks" / "predicted.py")
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["predicted"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_has_every_measured_step_and_how_far_off_its_prediction_is() -> None:
-    module, profile = predictions(), load_profile("h200")
-    steps = module.measured(sorted(module.RESULTS.glob("step_h200_*.json")))
-    page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
-    assert module.table(steps, profile) in page, "run `python benchmarks/predicted.py --markdown`"
-    held_out = [step for step in steps if step.held_out]
-    seen = [step for step in steps if not step.held_out]
-    assert min(len(held_out), len(seen)) >= 12
-    for step in steps:
-        off = abs(step.predicted(profile).step_s / step.seconds - 1)
-        assert off < (0.2 if step.batch_size == 1024 else 0.3), step
+PREDICTIONS = benchmark("predicted")
+STEPS = PREDICTIONS.measured(sorted(PREDICTIONS.RESULTS.glob("step_h200_*.json")))
+PAGE = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("quantity", PREDICTIONS.QUANTITIES)
+def test_the_page_has_every_measured_step_and_how_far_off_its_prediction_is(quantity: Any) -> None:
+    table = PREDICTIONS.table(STEPS, load_profile("h200"), quantity)
+    assert table in PAGE, "run `python benchmarks/predicted.py --markdown`"
+
+
+def test_the_page_has_every_convolution() -> None:
+    module = benchmark("convolutions")
+    found = json.loads((PREDICTIONS.RESULTS / "convolutions_h200.json").read_text())
+    table = module.table(found, load_profile("h200"))
+    assert table in PAGE, "run `python benchmarks/convolutions.py --read ... --hardware h200 --markdown`"
+    for row in (line.split(" | ") for line in table.splitlines()[2:]):
+        if row[1] == "first" and row[0] != "| float32":  # as networks train
+            assert 0.75 < float(row[4]) < 1.25, row
+
+
+@pytest.mark.parametrize("hardware", ["h200", "h200_measured"])
+def test_measured_steps_are_predicted(hardware: str) -> None:
+    profile = load_profile(hardware)
+    held_out = [step for step in STEPS if step.held_out]
+    assert len(held_out) >= 40
+    assert len({(step.precision, step.batch_size) for step in STEPS if step.model == "resnet18-cifar"}) == 12
+    off = []
+    for step in STEPS:
+        found = step.predicted(profile)
+        error = abs(found.step_s / step.seconds - 1)
+        bound_by_device = step.device_s > 0.7 * step.seconds
+        # the other networks ran on a busier host
+        assert error < (0.2 if bound_by_device else 0.3 if step.model == "resnet18-cifar" else 0.4), step
+        off += [error] * step.held_out
+        if step.peak_bytes and step.batch_size >= 256 and PREDICTIONS.CASES[step.case]["framework"] == "eager":
+            assert found.peak_memory_bytes == pytest.approx(step.peak_bytes, rel=0.13), step
+        if step.joules and step.batch_size >= 256:
+            assert found.energy_joules == pytest.approx(step.joules, rel=0.3), step
+    assert sum(off) / len(off) < 0.1

@@ -91,9 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     )
     where.add_argument(
         "--framework",
-        choices=("fused", "eager"),
+        choices=("fused", "eager", "graphs"),
         default="fused",
-        help="fused kernels, or a kernel per operation (default: %(default)s)",
+        help="fused kernels, a kernel per operation, or those recorded and replayed (default: %(default)s)",
     )
     how = parser.add_argument_group("how much is quantized")
     how.add_argument(
