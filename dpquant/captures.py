@@ -22,6 +22,7 @@ from emulation.layers import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from emulation.norms import row_sums
 
 _QUANTIZED = [QuantizedLinear, QuantizedConv1d, QuantizedConv2d, QuantizedConv3d]
 _GEMM_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -154,10 +155,9 @@ def _group_norm_gradients(
     layer: nn.GroupNorm, x: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor]
 ) -> dict[nn.Parameter, Tensor]:
     """As autograd has them, by example: from sums of grad and of grad * x, nothing normalised again."""
-    sums = grad.flatten(2).sum(2) if grad.dim() > 2 else grad
+    sums, products = row_sums(x.unsqueeze(-1).flatten(2), grad.unsqueeze(-1).flatten(2))
     found: dict[nn.Parameter, Tensor] = {}
     if layer.weight.requires_grad:
-        products = (x * grad).flatten(2).sum(2) if grad.dim() > 2 else x * grad
         mean, deviation = (m.unsqueeze(2) for m in moments)
         centred = products.unflatten(1, (layer.num_groups, -1)) - mean * sums.unflatten(1, (layer.num_groups, -1))
         found[layer.weight] = (centred * deviation).flatten(1)

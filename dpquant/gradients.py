@@ -11,14 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from emulation.gemms import (
-    WeightGradient,
-    at_least_float32,
-    exact_products,
-    gamma,
-    squared_norm_bounds,
-    zero_examples,
-)
+from emulation.gemms import WeightGradient, exact_products, zero_examples
+from emulation.norms import at_least_float32, gamma, squared_norm_bounds
 
 _SMALL = 1 << 12  # numbers of an example's gradient below which calls cost more than arithmetic
 _PASSES = {True: 24, False: 128}  # multiply-adds in the time that one number is written and read twice: CPU, else
@@ -76,11 +70,11 @@ class GemmGradient:
         """Every example's gradient formed, where that beats two Gram matrices and a second weight-gradient GEMM.
 
         With weights of K x O and T positions, forming costs T K O multiply-adds and some passes over K O numbers in
-        memory; not forming costs T^2 (K + O) for the norms and T K O for the sum.
+        memory; not forming costs T K O for the sum, and for the norms T^2 (K + O), or less where they come from pixels.
         """
-        w, groups, t = self.operands.weight, self.operands.groups, self.operands.reduction
-        k, o = w.shape[1:].numel(), w.shape[0] // groups
-        if t * t * (k + o) > _PASSES[w.device.type == "cpu"] * k * o:
+        w, groups = self.operands.weight, self.operands.groups
+        numbers = w.shape[1:].numel() * (w.shape[0] // groups)
+        if self.operands.norm_cost() > _PASSES[w.device.type == "cpu"] * numbers:
             return DenseGradient(parameter=self.parameter, values=self.per_example())
         return self
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emulation import fused
+from emulation import fused, norms
 from emulation.codec import is_concrete
+from emulation.norms import at_least_float32, squared_norm_bounds
 
 TF32 = 2**-9 * 1.001  # how far off a product of two numbers is that are cut to ten mantissa bits first, relative
-_CHUNK = 256  # squares added in the operands' own precision; more are added in float64
 _UNFOLDED = {True: 1 << 22, False: 1 << 28}  # elements of unfolded inputs held at a time: CPU (in its caches), else
 
 
@@ -226,14 +226,13 @@ class WeightGradient:
         """[B] in float64, without forming the gradients: |X^T G|^2 is the sum of (X X^T) * (G G^T) over all positions.
 
         Where an example's positions cancel, rounding could make that sum too small. The most that it can amount to, in
-        any order of addition and with underflow, is added: clipping by these norms never bounds too little. With K and
-        O features it is at most (K + O + 6) u (sum of |x_t| |g_t|)^2, so relative T (K + O) u where positions are
-        unrelated; u is half the operands' machine epsilon. Where :meth:`weighted_sum` will cut its operands to TF32,
-        what an example can gain by that is added too: at most 2^-9 of sum of |x_t| |g_t|.
+        any order of addition and with underflow, is added (:func:`emulation.norms.gram_bounds`): clipping by these
+        norms never bounds too little. Where :meth:`weighted_sum` will cut its operands to TF32, what an example can
+        gain by that is added too: at most 2^-9 of sum of |x_t| |g_t|.
         """
         error = TF32 if self._in_tf32() else 0.0
         with exact_products():
-            return torch.cat([part._squared_norms(error) for part in self._parts()])
+            return torch.cat([part._squared_norms(error) for part in self._parts(norms_only=True)])
 
     def _in_tf32(self) -> bool:
         """Whether the GEMM of :meth:`weighted_sum` cuts float32 operands to ten mantissa bits."""
@@ -245,25 +244,40 @@ class WeightGradient:
 
     def _squared_norms(self, error: float) -> Tensor:
         """``error``: of each product of two numbers in the sum that is to be bounded, relative."""
-        n, conv = self.batch_size, self.conv
+        n, conv, image = self.batch_size, self.conv, self._image()
         if self.rows or conv is None:
             x, g = self.matrices()
         else:
             g = self.grad_output.reshape(n * conv.groups, -1, self.reduction).transpose(1, 2)
-            x = patches(self.x, conv).transpose(1, 2) if self.x.is_cuda else patch_rows(self.x, conv)
+            x = (
+                self.x
+                if image
+                else patches(self.x, conv).transpose(1, 2)
+                if self.x.is_cuda
+                else patch_rows(self.x, conv)
+            )
         x, g = at_least_float32(x), at_least_float32(g)
         if self.reduction == 1:
             bounds = squared_norm_bounds(x.flatten(1)) * squared_norm_bounds(g.flatten(1))
             return bounds.reshape(n, -1).sum(1) * (1 + error) ** 2
-        k, o, tiny = x.shape[2], g.shape[2], torch.finfo(x.dtype).tiny
-        inputs, outputs = torch.bmm(x, x.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-        sizes = [_exceeds(m.diagonal(dim1=1, dim2=2), n_terms).sqrt() for m, n_terms in ((inputs, k), (outputs, o))]
-        pairs = (sizes[0] * sizes[1]).sum(1).square()  # the sum of |x_s| |x_t| |g_s| |g_t| over all pairs
-        rounding = gamma(k + o + 6, x.dtype) * pairs
-        underflow = 4 * tiny * (o * sizes[0].sum(1).square() + k * sizes[1].sum(1).square() + self.reduction**2)
-        total = inputs.mul_(outputs).sum((1, 2), dtype=torch.float64).clamp_min_(0)
-        bounds = (total + rounding + underflow).sqrt() + error * pairs.sqrt()
-        return bounds.square().reshape(n, -1).sum(1)
+        inputs = norms.pixel_gram(x, self.groups) if image else torch.bmm(x, x.transpose(1, 2))
+        features = self.weight.shape[1:].numel() if image else x.shape[2], g.shape[2]
+        bounds = norms.gram_bounds(inputs, torch.bmm(g, g.transpose(1, 2)), features, error, image)
+        return bounds.reshape(n, -1).sum(1)
+
+    def _image(self) -> tuple[tuple[int, ...], ConvGeometry] | None:
+        """Spatial size of the input and geometry, where the norms are cheaper from products of pixels."""
+        if self.rows or self.conv is None:
+            return None
+        size = tuple(self.x.shape[2:])
+        return (size, self.conv) if norms.by_pixels(size, self.weight.shape[1], self.conv) else None
+
+    def norm_cost(self) -> int:
+        """Multiply-adds of :meth:`squared_norms`, of one example and group."""
+        t, o, image = self.reduction, self.weight.shape[0] // self.groups, self._image()
+        if image is None:
+            return t * t * (self.weight.shape[1:].numel() + o)
+        return math.prod(image[0]) ** 2 * self.weight.shape[1] + t * t * (math.prod(image[1].kernel) + o)
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
@@ -280,12 +294,13 @@ class WeightGradient:
             start = end
         return result
 
-    def _parts(self) -> list[WeightGradient]:
+    def _parts(self, *, norms_only: bool = False) -> list[WeightGradient]:
         """The same example by example, so many at a time that unfolded inputs stay small; at least one part."""
         if self.conv is None or self.rows or not self.batch_size:
             return [self]
-        unfolded = self.weight.shape[1:].numel() * self.groups * self.reduction
-        count = max(1, _UNFOLDED[self.x.device.type == "cpu"] // max(unfolded, 1))
+        image = self._image() if norms_only else None
+        own = math.prod(image[0]) ** 2 if image else self.weight.shape[1:].numel() * self.reduction
+        count = max(1, _UNFOLDED[self.x.device.type == "cpu"] // max(own * self.groups, 1))
         parts = zip(self.x.split(count), self.grad_output.split(count), strict=True)
         return [replace(self, x=x, grad_output=g) for x, g in parts]
 
@@ -354,42 +369,6 @@ def exact_products() -> Iterator[None]:
     finally:
         for setting, value in before:
             setting.fp32_precision = value
-
-
-def gamma(terms: int, dtype: torch.dtype) -> float:
-    """How far a computed sum of that many products can be off, relative to the sum of their magnitudes.
-
-    Whatever the order of addition, with or without fused multiply-adds (Higham, Accuracy and Stability, section 3.1).
-    """
-    error = terms * torch.finfo(dtype).eps / 2
-    return error / (1 - error) if error < 1 else math.inf
-
-
-def squared_norm_bounds(values: Tensor) -> Tensor:
-    """Upper bounds on the rows' exact squared norms, [N] in float64; relative 1.6e-5 above them in float32.
-
-    Args:
-        values: [N, n].
-    """
-    values = at_least_float32(values)
-    whole = values.shape[1] // _CHUNK * _CHUNK
-    parts = [torch.linalg.vector_norm(values[:, whole:], dim=1, keepdim=True)]
-    if whole:
-        parts.append(torch.linalg.vector_norm(values[:, :whole].unflatten(1, (-1, _CHUNK)), dim=2))
-    squares = torch.cat(parts, dim=1).double().square().sum(1)
-    own = _exceeds(squares, min(values.shape[1], _CHUNK) + 4, values.dtype)
-    return own + values.shape[1] * torch.finfo(values.dtype).tiny
-
-
-def _exceeds(squares: Tensor, terms: int, dtype: torch.dtype | None = None) -> Tensor:
-    """What the exact sums of ``terms`` squares cannot exceed, given the computed ones; float64."""
-    dtype = dtype or squares.dtype
-    return squares.double().clamp_min(0) / (1 - gamma(terms, dtype)) + terms * torch.finfo(dtype).tiny
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32; what is wider stays."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def zero_examples(x: Tensor, dropped: Tensor) -> Tensor:
