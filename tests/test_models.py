@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpquant.clipping import PrivateOptimizer, private_criterion, private_module
-from dpquant.models import INPUT_SHAPES, MODELS, build_model, example_input
+from dpquant.models import INPUT_SHAPES, MODELS, MaxPool, build_model, example_input
 from dpquant.resnet import group_norm
 from emulation.errors import InputError
 from emulation.layers import quantizable_layers, quantize_model, set_plan, set_rounding
@@ -35,6 +35,21 @@ def real_input(name: str, batch: int, seed: int = 0) -> torch.Tensor:
     if len(shape) == 2:
         return torch.randint(0, 1000, shape, generator=generator)
     return torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(2, None), (2, 1), (3, 2), (3, None)])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 7, 6), (0, 3, 4, 4), (1, 2, 3, 3)])
+def test_pooling_has_the_bits_of_torchs(size: int, stride: int | None, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x.view(-1)[::11] = torch.tensor(float("nan"))
+    x.view(-1)[::5] = -0.0
+    mine, torchs = MaxPool(size, stride), nn.MaxPool2d(size, stride)
+    assert torch.equal(mine(x).view(torch.int32), torchs(x).view(torch.int32))
+    with_gradient = x.clone().requires_grad_()
+    assert mine(with_gradient).grad_fn is not None
+    with torch.no_grad():
+        assert torch.equal(mine(with_gradient).view(torch.int32), torchs(x).view(torch.int32))
+    assert mine(x.to("meta")).shape == torchs(x).shape
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
