@@ -15,7 +15,16 @@ from evidence import chips, findings, operand_tables, variance_tables
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
 from evidence.plots import Panel, dots
-from evidence.sweep_tables import TITLES, anchors, averages_table, best_static, probe_table, scheduler_averages, section
+from evidence.sweep_tables import (
+    TITLES,
+    anchors,
+    averages_table,
+    best_static,
+    every_choice_table,
+    probe_table,
+    scheduler_averages,
+    section,
+)
 
 from dpquant.statistics import Sample, sample
 from dpquant.sweep import shipped_sweeps
@@ -45,6 +54,8 @@ per example. Scales per tensor mix the examples of a batch, so that clipping bou
 CHIPS = """Speedup of DP-SGD with all layers quantized over the chip's own full precision (bfloat16), by the
 [cost model](cost-model.md): `peak` takes the published rates, `calibrated` what was measured of kernels (there are no
 measurements of the MI355X). `pays from`: the first from which on it is 1.05x or more."""
+EVERY = """Each of the fixed choices by itself against `annealed` with as many layers times epochs, over all seeds: no
+choice was made, and so none is favoured. Their modelled times differ, for layers are unequal."""
 PARETO = """What a format loses in accuracy, all layers in it, beside what it saves in time and energy on the chips that
 have it, for the networks and batches that were trained."""
 GROUPS = (
@@ -127,7 +138,9 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     for key, layers in findings.LAYERS.items():
         if f"{key}_main" in found and f"{key}_subsets" in found:
             parts += ["", f"### {TITLES[f'{key}_subsets']}: the best of them against the schedulers", "", prose(text)]
-            parts += ["", best_static(found[f"{key}_main"], found[f"{key}_subsets"], layers)]
+            main, subsets = found[f"{key}_main"], found[f"{key}_subsets"]
+            parts += ["", best_static(main, subsets, layers), "", prose(EVERY), ""]
+            parts += [every_choice_table(main, subsets, layers)]
     return parts
 
 

@@ -150,6 +150,31 @@ def test_the_best_fixed_choice_is_judged_on_other_seeds() -> None:
     assert all("conv1, conv2, fc1 | 80.0 ± 0.0" in line for line in three)
 
 
+def test_annealed_is_held_against_every_fixed_choice() -> None:
+    def accuracy(run: Any) -> float:
+        choice = run.settings.get("schedule.layers")
+        return 0.8 + 1e-3 * run.seed + (0.05 if choice == ["conv2", "fc1", "fc2"] else 0.0)
+
+    def scheduled(run: Any) -> float:
+        wobble = 1e-3 * (run.seed % 2)
+        return accuracy(run) + (0.02 + wobble if run.settings["schedule.scheduler"] == "annealed" else 0.0)
+
+    speedups = {"speedup_peak": 1.2}
+    main, subsets = (
+        invented(f"fashion_{n}", f, 5, **speedups) for n, f in (("main", scheduled), ("subsets", accuracy))
+    )
+    found = sweep_tables.every_choice_table(main, subsets, 4).splitlines()[2:]
+    assert len(found) == 4
+    assert sum("| better |" in line for line in found) == 3
+    assert sum("conv2, fc1, fc2" in line and "| worse |" in line for line in found) == 1
+    assert all(line.count("1.20x") == 2 for line in found)
+    said = findings.paragraphs({"fashion_main": main, "fashion_subsets": subsets})[0]
+    assert (
+        "of the 4 fixed choices of as many layers that were trained annealed is shown to be better than 3 and" in said
+    )
+    assert re.search(r"the least that it gains on one is -2\.\d\d", said)
+
+
 def test_device_hours_count_time_shared_once() -> None:
     runs = list(invented("digits_schedulers", gains, 3).results.values())[:3]
     ends = (3600.0, 3700.0, 9000.0)  # the first two overlap

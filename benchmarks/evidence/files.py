@@ -43,6 +43,10 @@ class Evidence:
         """Seed -> test accuracy after the last epoch of a point's finished runs."""
         return {r.seed: r.accuracy for r in self.finished(settings) if r.accuracy is not None}
 
+    def speedup(self, settings: Settings) -> float | None:
+        """Mean modelled speedup of a point's finished runs, at the published peak rates."""
+        return sample([r.speedup_peak for r in self.finished(settings) if r.speedup_peak is not None]).mean
+
     def points(self, **wanted: Any) -> list[Settings]:
         """The points whose settings have these values, named by the last part of their keys."""
         short = {name: key for key, name in short_names(self.sweep.keys).items()}

@@ -9,7 +9,7 @@ from dpquant.statistics import Sample, sample
 from . import chips, variance_tables
 from .files import Evidence, average
 from .markdown import difference, interval, verdict
-from .sweep_tables import PUBLISHED, TITLES, best_choices, probe_costs, scheduler_averages
+from .sweep_tables import PUBLISHED, TITLES, every_choice, probe_costs, scheduler_averages
 
 DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text, with DP-Adam"}
 LAYERS = {"fashion": 4, "cifar10": 8}
@@ -38,7 +38,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
     elsewhere = _elsewhere(found)
     if elsewhere:
         said.append(f"Annealed less static elsewhere: {elsewhere}.")
-    said += _best_choices(found)
+    said += _every_choice(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
         if cost.sign:
             said.append(
@@ -78,18 +78,23 @@ def _elsewhere(found: Mapping[str, Evidence]) -> str:
     return "; ".join(parts)
 
 
-def _best_choices(found: Mapping[str, Evidence]) -> list[str]:
-    """Annealed against the fixed choices that are known to be the best."""
+def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
+    """Annealed against each fixed choice of as many layers."""
     said = []
     for key, layers in LAYERS.items():
         if f"{key}_main" not in found or f"{key}_subsets" not in found:
             continue
-        for best in best_choices(found[f"{key}_main"], found[f"{key}_subsets"], layers):
-            if best.settings["schedule.scheduler"] == "annealed" and best.difference.sign is not None:
-                said.append(
-                    f"On {DATA[key]}, against the fixed {len(best.layers)} of {layers} layers that did best on other "
-                    f"seeds, annealed: {difference(best.difference)}, {verdict(best.difference)}."
-                )
+        against = [value for *_, value in every_choice(found[f"{key}_main"], found[f"{key}_subsets"], layers)]
+        against = [value for value in against if value.sign is not None and value.mean is not None]
+        if not against:
+            continue
+        better, worse = (sum(value.sign == sign for value in against) for sign in (1, -1))
+        least = min(against, key=lambda value: value.mean or 0.0)
+        said.append(
+            f"On {DATA[key]}, of the {len(against)} fixed choices of as many layers that were trained annealed is "
+            f"shown to be better than {better} and worse than {worse}; the least that it gains on one is "
+            f"{difference(least)} points."
+        )
     return said
 
 

@@ -194,6 +194,37 @@ def best_static(main: Evidence, subsets: Evidence, layers: int) -> str:
     return table(titles, rows, right=(2, 4)) if rows else "Not enough runs yet."
 
 
+def every_choice(main: Evidence, subsets: Evidence, layers: int) -> Iterator[tuple[Settings, Settings, Sample]]:
+    """Annealed, each fixed choice of as many layers, and what annealed gains on it over the seeds that both have."""
+    for annealed in main.points(scheduler="annealed"):
+        for fixed in subsets.sweep.points.values():
+            same_budget = annealed["privacy.target_epsilon"] == fixed["privacy.target_epsilon"]
+            if same_budget and len(fixed["schedule.layers"]) == round(annealed["schedule.fraction"] * layers):
+                versus = paired(main.accuracies(annealed), subsets.accuracies(fixed))
+                if versus.n:
+                    yield annealed, fixed, versus
+
+
+def every_choice_table(main: Evidence, subsets: Evidence, layers: int) -> str:
+    """Annealed against each fixed choice of as many layers, with the modelled speedup of both."""
+    rows = [
+        [
+            ", ".join(fixed["schedule.layers"]),
+            mean(sample(list(subsets.accuracies(fixed).values()))),
+            times(subsets.speedup(fixed)),
+            mean(sample(list(main.accuracies(annealed).values()))),
+            times(main.speedup(annealed)),
+            f"{versus.n}",
+            difference(versus),
+            verdict(versus),
+        ]
+        for annealed, fixed, versus in every_choice(main, subsets, layers)
+    ]
+    titles = ["fixed choice", "its accuracy, %", "speedup, peak", "annealed, %", "speedup, peak", "seeds"]
+    titles += ["annealed less choice, points", ""]
+    return table(titles, rows, right=range(1, 7)) if rows else "Not enough runs yet."
+
+
 def _scheduler(settings: Settings) -> str:
     name = str(settings["schedule.scheduler"])
     return f"{name}, {settings['analysis.estimator']}" if name == "dpquant" else name
