@@ -37,7 +37,7 @@ class DenseGradient:
 
     def squared_norms(self) -> Tensor:
         """[B] in float64, not below the exact ones of ``values``."""
-        return squared_norm_bounds(self.values.flatten(1))
+        return squared_norm_bounds(_in_memory_order(self.values)[0].flatten(1))
 
     def per_example(self) -> Tensor:
         """[B, *parameter.shape]."""
@@ -45,13 +45,24 @@ class DenseGradient:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B]."""
-        values = at_least_float32(self.values.flatten(1))
+        laid, dims = _in_memory_order(self.values)
+        values = at_least_float32(laid.flatten(1))
         with exact_products():
-            return (factors.to(values.dtype) @ values).reshape(self.parameter.shape)
+            row = factors.to(values.dtype) @ values
+        return row.view(laid.shape[1:]).permute(dims).contiguous()
 
     def without(self, dropped: Tensor) -> DenseGradient:
         """The same with the marked examples' gradients zero."""
         return replace(self, values=zero_examples(self.values, dropped))
+
+
+def _in_memory_order(values: Tensor) -> tuple[Tensor, list[int]]:
+    """[B, ...] as a view that flattens without a copy, where there is one, and how to permute an example of it back."""
+    order = sorted(range(1, values.dim()), key=lambda d: -values.stride(d))
+    laid = values.permute(0, *order)
+    if values.is_contiguous() or not laid.is_contiguous():
+        return values, list(range(values.dim() - 1))
+    return laid, [order.index(d) for d in range(1, values.dim())]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,7 +99,7 @@ class GemmGradient:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B], which multiplies what was quantized."""
-        return self.operands.weighted_sum(factors)
+        return self.operands.weighted_sum(factors).contiguous()
 
     def without(self, dropped: Tensor) -> GemmGradient:
         """The same with the marked examples' operands zero."""

@@ -51,6 +51,20 @@ def test_forms_agree_with_the_materialised_gradients(make: type[Contribution]) -
     torch.testing.assert_close(contribution.without(torch.arange(5) == 2).per_example(), kept)
 
 
+def test_gradients_in_any_memory_order_are_the_same() -> None:
+    torch.manual_seed(0)
+    stored = torch.randn(5, 3, 4, 2, 6)
+    for dims in ((0, 1, 2, 3, 4), (0, 4, 1, 2, 3), (0, 2, 4, 1, 3), (4, 0, 1, 2, 3)):
+        values = stored.permute(dims)
+        gradient = DenseGradient(parameter=nn.Parameter(torch.zeros(values.shape[1:])), values=values)
+        factors = torch.rand(len(values))
+        found = gradient.weighted_sum(factors)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, torch.einsum("n,n...->...", factors, values))
+        exact = values.double().flatten(1).square().sum(1)
+        torch.testing.assert_close(gradient.squared_norms(), exact, rtol=2e-5, atol=0)
+
+
 def test_small_ones_side_by_side_are_as_each_by_itself() -> None:
     torch.manual_seed(0)
     large = DenseGradient(parameter=nn.Parameter(torch.zeros(100, 50)), values=torch.randn(5, 100, 50))
