@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from emulation.errors import InputError, suggestion
@@ -20,7 +21,7 @@ WEIGHT_ROLES = (W_OUTPUT, W_INPUT)
 Keys = Callable[[Quantizer, int, Tensor], Tensor | None]
 """quantizer, role, tensor -> a rounding key per index of the tensor's first dimension; None where none is needed."""
 
-_CACHED = 1 << 18  # elements
+_CACHED = 1 << 18  # elements that a thread's cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def _rotated(quantizer: Quantizer, role: int, rows: Unfolding, like: Tensor, key
     key = keys(quantizer, role, out)
     count = len(out)
     if out.device.type == "cpu" and not quantizer.mixes_examples:  # so many at a time as stay in the cache
-        count = max(1, _CACHED // max(out.shape[1:].numel(), 1))
+        count = max(1, _CACHED * torch.get_num_threads() // max(out.shape[1:].numel(), 1))
     for first in range(0, len(out), count):
         part = slice(first, first + count)
         rows.write(out[part], part)
