@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpquant.estimate_tables import show_fallbacks
 from dpquant.estimates import fitting_model
 from dpquant.render import Column, Output, Table, joules, number, percent, seconds, speedup
 from hwmodels import explore
@@ -18,6 +19,10 @@ Pairs = Sequence[tuple[HardwareProfile, str]]
 _CHIP = (Column(key="hardware", title="hardware"), Column(key="format", title="format"))
 
 
+def _of(profile: HardwareProfile, name: str) -> dict[str, Any]:
+    return {"hardware": profile.name, "format": name, "falls_back_to": profile.rate(name).falls_back_to}
+
+
 def _answer(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], out: Output, best: int | None = None) -> bool:
     """Print rows as JSON, CSV or a table; whether sentences are to follow."""
     if out.form == "json":
@@ -26,13 +31,14 @@ def _answer(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], out: O
     if out.form == "csv":
         columns = [Column(key=key, title=key) for key in rows[0]]
     out.table(Table(columns=columns, rows=rows, best=best))
+    show_fallbacks(rows, out)
     return True
 
 
 def pareto(workload: Workload, pairs: Pairs, options: Mapping[str, Any], out: Output) -> int:
     """Speedup against the number of layers quantized: the best, drawn anew each epoch, drawn once."""
     rows = [
-        {"hardware": profile.name, "format": name, "basis": checked_basis(profile, options["basis"])} | vars(point)
+        _of(profile, name) | {"basis": checked_basis(profile, options["basis"])} | vars(point)
         for profile, name in pairs
         for point in explore.pareto(workload, profile, name, **options)
     ]
@@ -60,7 +66,8 @@ def pareto(workload: Workload, pairs: Pairs, options: Mapping[str, Any], out: Ou
 def break_even(workload: Workload, pairs: Pairs, options: Mapping[str, Any], out: Output) -> int:
     """From which batch size on a format pays on each chip."""
     rows = [
-        {"hardware": profile.name, "format": name, "basis": checked_basis(profile, options["basis"])}
+        _of(profile, name)
+        | {"basis": checked_basis(profile, options["basis"])}
         | vars(explore.break_even(workload, profile, name, **options))
         for profile, name in pairs
     ]
@@ -89,9 +96,8 @@ def sweep(workload: Workload, pairs: Pairs, options: Mapping[str, Any], batch_si
             model = fitting_model(workload.at(size), profile, options, [name])
             estimate = model.estimate(dict.fromkeys(workload.quantizable, name))
             rows.append(
-                {
-                    "hardware": profile.name,
-                    "format": name,
+                _of(profile, name)
+                | {
                     "basis": estimate.basis,
                     "batch_size": size,
                     "step_s": estimate.step_s,
@@ -130,7 +136,7 @@ def paper(workload: Workload, pairs: Pairs, options: Mapping[str, Any], share: f
         formula = paper_step(model, share)
         count = round(share * len(workload.quantizable))
         own = model.estimate(dict.fromkeys(workload.quantizable[:count], name))
-        shared = {"hardware": profile.name, "format": name}
+        shared = _of(profile, name)
         rows += [shared | {"term": term, "value": value} for term, value in formula.lines()]
         rows.append(shared | {"term": f"this project's own figure ({own.basis} basis)", "value": own.speedup})
     columns = [

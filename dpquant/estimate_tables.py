@@ -16,7 +16,7 @@ def show_rows(found: Sequence[Row], workload: Workload, out: Output) -> None:
     rows = [row.to_json() for row in found]
     columns = [
         Column(key="hardware", title="hardware"),
-        Column(key="format", title="format"),
+        Column(key="format", title="format", wrap=True),
         Column(key="step_s", title="step", show=seconds, right=True),
         Column(key="speedup", title="speedup", show=speedup, right=True),
         Column(key="energy_joules", title="energy", show=joules, right=True),
@@ -36,6 +36,9 @@ def show_rows(found: Sequence[Row], workload: Workload, out: Output) -> None:
     if out.form == "csv":
         nested = ("phases", "layers", "memory_parts", "notes")
         columns = [Column(key=key, title=key) for key in rows[0] if key not in nested]
+    elif out.form == "text":  # the column `native` goes where there is little room
+        for row in rows:
+            row["format"] += f", falls back to {row['falls_back_to']}" if row["falls_back_to"] else ""
     out.table(Table(columns=columns, rows=rows, best=best))
     out.note(_interpretation(found, best, workload))
     out.note(_trust(found, None if best is None else found[best]))
@@ -160,4 +163,14 @@ def _show_parts(
         *([Column(key="in_format", title="runs in")] if plans is not None else []),
     ]
     out.table(Table(columns=columns, rows=rows, breaks=frozenset(breaks)))
+    show_fallbacks([row.to_json() for row in found], out)
     return rows
+
+
+def show_fallbacks(rows: Sequence[Mapping[str, Any]], out: Output) -> None:
+    """A sentence for every chip and format of the rows that is another format's figure."""
+    fallen = (
+        f"{r['format']} falls back to {r['falls_back_to']} on {r['hardware']}" for r in rows if r["falls_back_to"]
+    )
+    for sentence in dict.fromkeys(fallen):
+        out.note(f"{sentence}: these are figures of emulation at its rate.")

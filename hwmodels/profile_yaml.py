@@ -157,7 +157,15 @@ PROFILE = Fields(
     },
 )
 # A variant says only what differs: nothing but `extends` is needed in it, as everything else comes from its base.
-VARIANT = replace(PROFILE, entries={name: replace(entry, required=False) for name, entry in PROFILE.entries.items()})
+_BY_NAME = ("formats", "sources", "memory", "power", "eager")
+
+
+def _optional(fields: Fields) -> Fields:
+    return replace(fields, entries={name: replace(entry, required=False) for name, entry in fields.entries.items()})
+
+
+_PARTS = {name: _optional(entry) for name in _BY_NAME if isinstance(entry := PROFILE.entries[name], Fields)}
+VARIANT = _optional(replace(PROFILE, entries={**PROFILE.entries, **_PARTS}))
 
 
 def shipped_dir() -> Path:
@@ -245,7 +253,7 @@ def _all_problems(document: Document) -> list[InputError]:
 
 
 def merge(base: Document, child: Document, *, base_name: str) -> Document:
-    """``child`` over ``base``: its top-level keys stand, except that ``formats`` and ``sources`` merge name by name.
+    """``child`` over ``base``: its top-level keys stand, except that those of ``_BY_NAME`` merge name by name.
 
     A calibration belongs to the chip that it was fitted on: a variant without one takes its base's, and says so.
     """
@@ -255,7 +263,7 @@ def merge(base: Document, child: Document, *, base_name: str) -> Document:
         data["calibration"] = {"from": base_name}
     replaced: set[KeyPath] = set()
     for name, value in child.data.items():
-        if name in ("formats", "sources") and isinstance(value, dict):
+        if name in _BY_NAME and isinstance(value, dict) and isinstance(data.get(name), dict):
             data[name] = data[name] | value
             replaced |= {(name, key) for key in value}
         elif name != "extends":
@@ -318,10 +326,11 @@ def family_of(document: Document) -> dict[str, Mapping[str, Any]]:
 
 def hardware_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a profile, from the same table of fields that ``check`` uses."""
-    schema = json_schema(PROFILE)
-    needed = schema.pop("required")
+    whole = json_schema(PROFILE)
+    parts = {name: {"required": needed} for name in _PARTS if (needed := whole["properties"][name].get("required"))}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Hardware profile"}
-    return head | schema | {"anyOf": [{"required": ["extends"]}, {"required": needed}]}
+    alone = {"required": whole["required"], "properties": parts}
+    return head | json_schema(VARIANT) | {"anyOf": [{"required": ["extends"]}, alone]}
 
 
 if __name__ == "__main__":

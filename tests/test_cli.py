@@ -408,6 +408,16 @@ def test_hardware_validate(capsys: Capture, tmp_path: Path) -> None:
 # --- estimate
 
 
+@pytest.mark.parametrize(
+    "view",
+    ["", "--by phase", "--by memory", "--pareto", "--break-even", "--sweep batch-size=16,32", "--cost-model paper"],
+)
+def test_another_formats_figures_are_called_so_however_quiet(capsys: Capture, view: str) -> None:
+    words = f"estimate --model digits_cnn --hardware a100 --format nvfp4 --batch-size 16 {view}".split()
+    assert "falls back to bfloat16" in " ".join(shown(capsys, *words, "--quiet").split())
+    assert {row["falls_back_to"] for row in answer(capsys, *words)["rows"]} == {"bfloat16"}
+
+
 def test_estimate_json(capsys: Capture) -> None:
     data = answer(capsys, *ESTIMATE, "--format", "fp8,nvfp4")
     rows = data["rows"]

@@ -134,6 +134,27 @@ class TestExtends:
             load_profile(tmp_path / "c.yaml")
 
 
+def test_a_variant_says_only_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = "extends: h100\ntitle: Mine\nsources: {S: {title: mine}}\n"
+    text += "memory:\n  bandwidth_bytes_per_s: {value: 3e12, status: measured, source: S}\n"
+    text += "power:\n  limit_w: {value: 600, status: published, source: S}\n"
+    file.write_text(text)
+    assert check(file) == []
+    found, base = load_profile("mine", hardware_dir=tmp_path), load_profile("h100")
+    assert found.memory.bandwidth_bytes_per_s == 3e12
+    assert found.memory.capacity_bytes == base.memory.capacity_bytes
+    assert found.power is not None
+    assert base.power is not None
+    assert (found.power.limit_w, found.power.idle_w) == (600, base.power.idle_w)
+    data = parse_yaml(text).data
+    assert VALIDATOR.is_valid(data)
+    assert not VALIDATOR.is_valid({key: value for key, value in data.items() if key != "extends"})
+    alone = parse_yaml(A100).data
+    del alone["memory"]["capacity_bytes"]
+    assert not VALIDATOR.is_valid(alone)
+
+
 def test_the_schema_that_ships_is_current() -> None:
     assert json.loads(SCHEMA_FILE.read_text()) == hardware_schema(), "run `python -m hwmodels.profile_yaml`"
 
