@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dpquant.statistics import Sample, sample
 
 from . import chips, variance_tables
-from .files import Evidence, average
+from .files import Evidence, Settings, average
 from .markdown import difference, interval, verdict
 from .sweep_tables import PUBLISHED, TITLES, every_choice, probe_costs, scheduler_averages
 
@@ -112,7 +112,10 @@ def _anchors(found: Mapping[str, Evidence]) -> str:
 
 
 def _arithmetic(found: Mapping[str, Evidence]) -> str:
-    said = ["**Where does the accuracy go?** Each difference is against full precision, averaged over all budgets."]
+    said = [
+        "**Where does the accuracy go?** Each difference is against full precision, averaged over the budgets that all "
+        "of the schedules have."
+    ]
     for name, evidence in found.items():
         key, _, kind = name.partition("_")
         if kind in ("main", "time"):
@@ -120,7 +123,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
         elif kind == "formats":
             costs = []
             for settings in evidence.points(scheduler="static", fraction=1.0):
-                lost = _against_full(evidence, scheduler="static", fraction=1.0, format=settings["format"])
+                lost = _against_full(evidence, [settings])
                 if lost.low is not None:
                     costs.append(f"{settings['format']} {difference(lost)}")
             if costs:
@@ -130,23 +133,25 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
 
 
 def _lost(data: str, evidence: Evidence) -> list[str]:
-    """What schedules cost against full precision, for every share of the layers and every target."""
+    """What schedules cost against full precision, over the settings that all have, for every share or target."""
     said = []
+    known = evidence.sweep.points.values()
     goals = ("fraction", "{:.0%} of the layers in LUQ-FP4"), ("target_speedup", "LUQ-FP4 to a modelled {:g}x")
     for goal, text in goals:
         for value in sorted({p.get(f"schedule.{goal}") or 0.0 for p in evidence.points(scheduler="static")} - {0.0}):
-            parts = []
-            for scheduler in ("static", "greedy", "annealed"):
-                lost = _against_full(evidence, scheduler=scheduler, **{goal: value})
-                if lost.low is not None:
-                    parts.append(f"{scheduler} {difference(lost)}")
+            names = [s for s in ("static", "greedy", "annealed") if evidence.points(scheduler=s, **{goal: value})]
+            of_static = evidence.points(scheduler="static", **{goal: value})
+            groups = [[{**p, "schedule.scheduler": name} for name in names] for p in of_static]
+            shared = [group for group in groups if all(point in known for point in group)]
+            lost = [_against_full(evidence, list(points)) for points in zip(*shared, strict=True)]
+            parts = [f"{name} {difference(v)}" for name, v in zip(names, lost, strict=True) if v.low is not None]
             if parts:
                 said.append(f"On {data}, {text.format(value).replace('%', ' %')}: {', '.join(parts)} points.")
     return said
 
 
-def _against_full(evidence: Evidence, **wanted: object) -> Sample:
-    pairs = [(p, full) for p in evidence.points(**wanted) if (full := evidence.full_precision(p)) is not None]
+def _against_full(evidence: Evidence, points: list[Settings]) -> Sample:
+    pairs = [(p, full) for p in points if (full := evidence.full_precision(p)) is not None]
     return average(evidence, pairs)
 
 
