@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpquant.estimate_tables import show_fallbacks
@@ -35,13 +36,19 @@ def _answer(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], out: O
     return True
 
 
-def pareto(workload: Workload, pairs: Pairs, options: Mapping[str, Any], out: Output) -> int:
-    """Speedup against the number of layers quantized: the best, drawn anew each epoch, drawn once."""
+def pareto(workload: Workload, pairs: Pairs, options: Mapping[str, Any], out: Output, png: str | None = None) -> int:
+    """Speedup against the number of layers quantized: the best, drawn anew each epoch, drawn once; a picture too."""
     rows = [
         _of(profile, name) | {"basis": checked_basis(profile, options["basis"])} | vars(point)
         for profile, name in pairs
         for point in explore.pareto(workload, profile, name, **options)
     ]
+    if png is not None:
+        from dpquant.figures import pareto_picture
+        from dpquant.rundir import write_atomic
+
+        write_atomic(Path(png), pareto_picture(rows, Path(png).suffix))
+        out.say(f"wrote {png}")
     columns = [
         *(_CHIP if len(pairs) > 1 else ()),
         Column(key="quantized", title="layers", right=True),

@@ -1,10 +1,10 @@
-"""``dpquant report --png``: the plots of the report as one picture for a paper, drawn by matplotlib."""
+"""``--png`` of ``dpquant report`` and ``estimate --pareto``: plots as one picture for a paper, drawn by matplotlib."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpquant.charts import Chart, compared_charts, run_charts, sensitivity_shades
@@ -39,27 +39,69 @@ def picture(runs: Sequence[Run], kind: str = ".png") -> bytes:
     Raises:
         InputError: matplotlib is not installed, the kind is another, or there is nothing to draw.
     """
-    if kind not in KINDS:
-        raise InputError(f"unknown kind of picture {kind!r}", hint=suggestion(kind, KINDS))
     runs = [run for run in runs if run.records]
     if not runs:
         raise InputError("no epoch is complete yet: there is nothing to draw")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("a picture needs matplotlib", hint="pip install 'dpquant[plots]'") from error
     charts = compared_charts(runs) if len(runs) > 1 else run_charts(runs[0])
     maps = [one for run, name in zip(runs, run_names(runs), strict=True) for one in _maps(run, name, len(runs) > 1)]
     rows = math.ceil(len(charts) / 2)
     heights = [*(0.7 + _MAP_IN * len(run.facts.layers) for run, _, _ in maps), *[_CHART_IN] * rows]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, sum(heights)), layout="constrained")
+
+    def draw(figure: Any) -> None:
         grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
         for index, (run, title, shade) in enumerate(maps):
             _draw_map(figure.add_subplot(grid[index, :]), run, title, shade)
         for index, chart in enumerate(charts):
             _draw_chart(figure.add_subplot(grid[len(maps) + index // 2, index % 2]), chart)
+
+    return _drawn(draw, sum(heights), kind)
+
+
+def pareto_picture(rows: Sequence[Mapping[str, Any]], kind: str = ".png") -> bytes:
+    """Speedup against the share of the layers quantized, a plot per chip and format: best, drawn and static plans.
+
+    Args:
+        rows: of ``dpquant estimate --pareto --json``.
+        kind: ``.png`` (300 dpi), ``.pdf`` or ``.svg``.
+
+    Raises:
+        InputError: matplotlib is not installed, or the kind is another.
+    """
+    plots: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        plots.setdefault(f"{row['hardware']}, {row['format']} ({row['basis']})", []).append(row)
+    lines = math.ceil(len(plots) / 2)
+
+    def draw(figure: Any) -> None:
+        for index, (title, points) in enumerate(plots.items()):
+            axes = figure.add_subplot(lines, min(len(plots), 2), index + 1)
+            shares = [100 * point["fraction"] for point in points]
+            low, high = ([point[f"static_{end}"] for point in points] for end in ("low", "high"))
+            axes.fill_between(
+                shares, low, high, color=_COLOURS[4], alpha=0.25, linewidth=0, label="static, 90 % of draws"
+            )
+            for key, colour in (("best", _COLOURS[0]), ("drawn", _COLOURS[1])):
+                axes.plot(shares, [point[key] for point in points], color=colour, label=key)
+            axes.axhline(1.0, color="black", linestyle="--", linewidth=0.8)
+            axes.set_xlabel("% of the layers quantized")
+            axes.set_title(f"{title}: modelled speedup", fontsize=8, loc="left")
+            axes.grid(axis="y", linewidth=0.3)
+            axes.legend(fontsize=6)
+
+    return _drawn(draw, 1.3 * _CHART_IN * lines, kind)
+
+
+def _drawn(draw: Callable[[Any], None], height_in: float, kind: str) -> bytes:
+    if kind not in KINDS:
+        raise InputError(f"unknown kind of picture {kind!r}", hint=suggestion(kind, KINDS))
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("a picture needs matplotlib", hint="pip install 'dpquant[plots]'") from error
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+        draw(figure)
         stream = io.BytesIO()
         figure.savefig(stream, format=kind[1:], dpi=300)
     return stream.getvalue()

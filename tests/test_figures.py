@@ -32,6 +32,18 @@ def test_every_plot_is_there() -> None:
     assert "tiny (2): layers" in several
 
 
+def test_the_curves_of_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", "--model", "digits_cnn", "--hardware", "b200", "--format", "fp8,nvfp4", "--batch-size", "64"]
+    assert main([*words, "--png", str(tmp_path / "a.svg")]) == 2
+    assert "--pareto" in capsys.readouterr().err
+    assert main([*words, "--pareto", "--png", str(tmp_path / "a.txt")]) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert main([*words, "--pareto", "--png", str(tmp_path / "a.svg")]) == 0
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    for part in ("b200, float8_e4m3fn", "b200, nvfp4", "best", "drawn", "static, 90 % of draws", "layers quantized"):
+        assert part in text, part
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"kind of picture '\.pgn'") as caught:
         picture([run([record(1)])], ".pgn")

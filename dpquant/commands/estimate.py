@@ -118,6 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
         "--explain", action="store_true", help="in words: what bounds each step, and what would help most"
     )
     shown.add_argument("--pareto", action="store_true", help="speedup against the number of layers quantized")
+    shown.add_argument(
+        "--png", metavar="FILE", help="with --pareto: its curves as a picture (.png, .pdf or .svg); needs matplotlib"
+    )
     shown.add_argument("--break-even", action="store_true", help="from which batch size on a format pays")
     shown.add_argument("--sweep", metavar="batch-size=N,...", help="the table for several batch sizes")
     shown.add_argument(
@@ -130,6 +133,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from dpquant import estimate_tables, estimates
 
     estimates.check_targets(args.fraction, args.target_speedup)
+    if args.png is not None and not args.pareto:
+        raise InputError("--png draws the curves of --pareto", hint="give --pareto too")
     profiles = _profiles(args)
     formats = {profile.name: _formats(args, profile, out) for profile in profiles}
     prices = _prices(args.price, profiles)
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             raise InputError("give one of --pareto, --break-even, --sweep and --cost-model paper")
         pairs = [(profile, name) for profile in profiles for name in formats[profile.name]]
         if args.pareto:
-            return curves.pareto(workload, pairs, options, out)
+            return curves.pareto(workload, pairs, options, out, args.png)
         if args.break_even:
             return curves.break_even(workload, pairs, options, out)
         if args.sweep:
