@@ -58,7 +58,8 @@ class DenseGradient:
 
 def _in_memory_order(values: Tensor) -> tuple[Tensor, list[int]]:
     """[B, ...] as a view that flattens without a copy, where there is one, and how to permute an example of it back."""
-    order = sorted(range(1, values.dim()), key=lambda d: -values.stride(d))
+    strides = values.stride()
+    order = sorted(range(1, values.dim()), key=lambda d: -strides[d])
     laid = values.permute(0, *order)
     if values.is_contiguous() or not laid.is_contiguous():
         return values, list(range(values.dim() - 1))
