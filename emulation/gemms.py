@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emulation import fused, norms
+from emulation import fused, native, norms
 from emulation.codec import is_concrete
 from emulation.norms import at_least_float32, squared_norm_bounds
 
@@ -155,11 +155,40 @@ def patches(x: Tensor, conv: ConvGeometry) -> Tensor:
 
 def patch_rows(x: Tensor, conv: ConvGeometry) -> Tensor:
     """The same patches as rows [B * groups, T, prod(kernel) * C / groups], channels innermost: for inner products."""
+    if _has_native_rows(x):
+        shape = x.shape[0] * conv.groups, math.prod(conv.positions(tuple(x.shape[2:]))), math.prod(conv.kernel)
+        out = x.new_empty(*shape[:2], shape[2] * x.shape[1] // conv.groups)
+        native.unfold(padded_image(x, conv), out, walk(x, conv))
+        return out
     windows: Tensor = _windows(x, conv, channels_last=True).unflatten(1, (conv.groups, -1))
     dims = len(conv.kernel)
     rows = windows.permute(0, 1, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims), 2)
     t = rows.shape[2 : 2 + dims].numel()
     return rows.reshape(x.shape[0] * conv.groups, t, rows.shape[2 + dims :].numel())
+
+
+def _has_native_rows(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
+        return False
+    return is_concrete(x) and native.usable()
+
+
+def padded_image(x: Tensor, conv: ConvGeometry) -> Tensor:
+    """``x`` [B, C, height, width] as [B, height, width, C] with the convolution's zeros around it, C-contiguous."""
+    image = x.permute(0, 2, 3, 1)
+    if not any(conv.padding):
+        return image.contiguous()
+    (n, height, width, channels), (above, beside) = image.shape, conv.padding
+    padded = x.new_zeros(n, height + 2 * above, width + 2 * beside, channels)
+    padded[:, above : above + height, beside : beside + width] = image
+    return padded
+
+
+def walk(x: Tensor, conv: ConvGeometry) -> tuple[int, ...]:
+    """What ``native.unfold`` is to know of an input [B, C, height, width], in its order."""
+    (height, width), (above, beside) = x.shape[2:], conv.padding
+    fields = (conv.kernel, conv.stride, conv.dilation, conv.positions((height, width)))
+    return (height + 2 * above, width + 2 * beside, x.shape[1], conv.groups, *(n for pair in fields for n in pair))
 
 
 def position_sums(grad_output: Tensor, conv: ConvGeometry | None) -> Tensor:
@@ -214,13 +243,18 @@ class WeightGradient:
         """The operands as [B * groups, T, in-features] and [B * groups, T, out-features], possibly strided views."""
         if self.rows:
             return self.x, self.grad_output
-        n = self.batch_size
         if self.conv is None:
-            t = self.reduction
-            return self.x.reshape(n, t, self.x.shape[-1]), self.grad_output.reshape(n, t, self.grad_output.shape[-1])
-        t, g = self.reduction, self.groups
-        out = self.weight.shape[0] // g
-        return patches(self.x, self.conv).transpose(1, 2), self.grad_output.reshape(n * g, out, t).transpose(1, 2)
+            return self.x.reshape(self.batch_size, self.reduction, self.x.shape[-1]), self._output_rows()
+        return patches(self.x, self.conv).transpose(1, 2), self._output_rows()
+
+    def _output_rows(self) -> Tensor:
+        """The gradient of the output as [B * groups, T, out-features]."""
+        if self.rows:
+            return self.grad_output
+        if self.conv is None:
+            return self.grad_output.reshape(self.batch_size, self.reduction, self.grad_output.shape[-1])
+        groups, outputs = self.batch_size * self.groups, self.weight.shape[0] // self.groups
+        return self.grad_output.reshape(groups, outputs, self.reduction).transpose(1, 2)
 
     def squared_norms(self) -> Tensor:
         """[B] in float64, without forming the gradients: |X^T G|^2 is the sum of (X X^T) * (G G^T) over all positions.
@@ -245,17 +279,13 @@ class WeightGradient:
     def _squared_norms(self, error: float) -> Tensor:
         """``error``: of each product of two numbers in the sum that is to be bounded, relative."""
         n, conv, image = self.batch_size, self.conv, self._image()
-        if self.rows or conv is None:
-            x, g = self.matrices()
+        if image:
+            x = self.x
+        elif conv is None or self.rows or self.x.is_cuda:
+            x = self.matrices()[0]
         else:
-            g = self.grad_output.reshape(n * conv.groups, -1, self.reduction).transpose(1, 2)
-            x = (
-                self.x
-                if image
-                else patches(self.x, conv).transpose(1, 2)
-                if self.x.is_cuda
-                else patch_rows(self.x, conv)
-            )
+            x = patch_rows(self.x, conv)
+        g = self._output_rows()
         x, g = at_least_float32(x), at_least_float32(g)
         if self.reduction == 1:
             bounds = squared_norm_bounds(x.flatten(1)) * squared_norm_bounds(g.flatten(1))
@@ -281,18 +311,19 @@ class WeightGradient:
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
-        if self.channels_last:
-            inputs, outputs = self.matrices()
-            return self._as_weights(torch.bmm(outputs.transpose(1, 2), inputs))
-        result = self.x.new_empty(self.batch_size, *self.weight.shape)
+        unfolds = self.conv is not None and not self.rows
+        in_rows = unfolds and _has_native_rows(self.x)
+        result: Tensor | None = None
         start = 0
         for part in self._parts():
-            x, g = part.matrices()
-            end = start + part.batch_size
-            own = result[start:end].view(len(x), g.shape[2], x.shape[2])
-            torch.bmm(g.transpose(1, 2), x, out=own)
-            start = end
-        return result
+            g = part._output_rows()
+            x = patch_rows(part.x, part.conv) if in_rows and part.conv else part.matrices()[0]
+            if result is None:
+                result = self.x.new_empty(self.batch_size * self.groups, g.shape[2], x.shape[2])
+            torch.bmm(g.transpose(1, 2), x, out=result[start : start + len(x)])
+            start += len(x)
+        assert result is not None
+        return self._as_weights(result, channels_last=self.channels_last or in_rows)
 
     def _parts(self, *, norms_only: bool = False) -> list[WeightGradient]:
         """The same example by example, so many at a time that unfolded inputs stay small; at least one part."""
@@ -334,14 +365,14 @@ class WeightGradient:
                 h.transpose(0, 1).reshape(g, -1, h.shape[-1]).transpose(1, 2),
                 x.transpose(0, 1).reshape(g, -1, x.shape[-1]),
             )
-            return self._as_weights(product)[0]
+            return self._as_weights(product, channels_last=self.channels_last)[0]
         scaled = outputs * factors.reshape(-1, *[1] * (outputs.dim() - 1))
         return grad_weight(inputs, scaled, self.weight, self.conv)
 
-    def _as_weights(self, products: Tensor) -> Tensor:
+    def _as_weights(self, products: Tensor, *, channels_last: bool) -> Tensor:
         """[N * groups, out / groups, columns of x] as [N, *weight.shape]."""
         shape = self.weight.shape
-        if self.channels_last:
+        if channels_last:
             products = products.unflatten(2, (*shape[2:], shape[1])).movedim(-1, 2)
         return products.reshape(-1, *shape)
 

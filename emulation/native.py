@@ -134,18 +134,20 @@ def usable() -> bool:
     return _library() is not None
 
 
-def unfold_and_rotate(image: Tensor, out: Tensor, walk: tuple[int, ...]) -> None:
-    """Rows of kernel positions of ``image``, 16 at a time rotated; see rotation.py.
+def unfold(image: Tensor, out: Tensor, walk: tuple[int, ...], *, rotated: bool = False) -> None:
+    """Rows of kernel positions of ``image``, channels innermost; on request 16 at a time rotated, as rotation.py says.
 
     Args:
         image: float32 of the CPU, [B, height, width, channels], C-contiguous, with the padding around it.
-        out: [B, groups, T padded to a multiple of 16, kernel * channels / groups], the same.
+        out: [B, groups, T, kernel * channels / groups], the same; rotated, T is padded to a multiple of 16.
         walk: height, width, channels, groups; then two each of kernel, stride, dilation and positions.
+        rotated: whether to rotate.
     """
     library = _library()
     assert library is not None
     numbers = (ctypes.c_int64 * len(walk))(*walk)
-    library.unfold_and_rotate(image.data_ptr(), out.data_ptr(), len(image), numbers, *_team(out.numel()))
+    function = library.unfold_and_rotate if rotated else library.unfold
+    function(image.data_ptr(), out.data_ptr(), len(image), numbers, *_team(out.numel()))
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -220,10 +222,9 @@ def _library() -> ctypes.CDLL | None:
         pointer, pointer, form, form, *[integer] * 5, pointer, integer, pointer, ctypes.c_int32,
     ]  # fmt: skip
     library.squares.restype = ctypes.c_int32
-    library.unfold_and_rotate.argtypes = [
-        pointer, pointer, integer, ctypes.POINTER(integer), pointer, ctypes.c_int32,
-    ]  # fmt: skip
-    library.unfold_and_rotate.restype = None
+    for function in (library.unfold, library.unfold_and_rotate):
+        function.argtypes = [pointer, pointer, integer, ctypes.POINTER(integer), pointer, ctypes.c_int32]
+        function.restype = None
     library.large_pages.argtypes, library.large_pages.restype = [pointer, integer], None
     if not _agrees(library):
         _LOG.warning("quantize.c, as %s compiled it, differs from torch's operations, which are used instead", compiler)

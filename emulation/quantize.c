@@ -505,7 +505,7 @@ int32_t squares(const float *x, float *out, const Format *f, const Format *block
     return 1;
 }
 
-/* --- unfolded rows, 16 positions at a time times diag(signs) H / 4: see rotation.py ------------------------------- */
+/* --- unfolded rows; also 16 positions at a time times diag(signs) H / 4: see gemms.py and rotation.py -------------- */
 
 enum { TILE = 16, SPAN = 256 }; /* rows rotated together; columns at a time */
 typedef float Lanes __attribute__((vector_size(4 * TILE), aligned(4), may_alias));
@@ -542,14 +542,41 @@ INLINE void copy(float *to, const float *from, int64_t n) {
     for (; n > 0; n--) *to++ = *from++;
 }
 
+/* What lies in a row in memory: a kernel's row of all channels, or one kernel position's channels. */
+INLINE int64_t run_length(const Walk *g) {
+    const int64_t own = g->channels / g->groups;
+    return g->groups == 1 && g->dilation[1] == 1 ? g->kernel[1] * own : own;
+}
+
+/* Positions first..last of out [images, groups, positions, kernel * channels / groups]. */
+static void part_unfolded(Work *w, int64_t first, int64_t last) {
+    const Walk g = *w->walk;
+    const int64_t positions = g.positions[0] * g.positions[1], own = g.channels / g.groups;
+    const int64_t length = run_length(&g), across = length == own ? g.kernel[1] : 1;
+    const int64_t runs = g.kernel[0] * g.kernel[1] * own / length;
+    float *out = w->out + first * runs * length;
+    for (int64_t item = first; item < last; item++) {
+        const int64_t unit = item / positions, position = item % positions;
+        const int64_t y = position / g.positions[1] * g.stride[0], x = position % g.positions[1] * g.stride[1];
+        const float *corner = w->x + ((unit / g.groups * g.height + y) * g.width + x) * g.channels + unit % g.groups * own;
+        for (int64_t r = 0; r < runs; r++, out += length)
+            copy(out, corner + (r / across * g.dilation[0] * g.width + r % across * g.dilation[1]) * g.channels, length);
+    }
+}
+
+/* x [images, height, width, channels], padding included, unfolded into rows of kernel positions, channels innermost. */
+void unfold(const float *x, float *out, int64_t images, const Walk *walk, Team *team, int32_t threads) {
+    const int64_t positions = walk->positions[0] * walk->positions[1];
+    Work w = {.part = part_unfolded, .count = images * walk->groups * positions, .x = x, .out = out, .walk = walk};
+    share(&w, walk->kernel[0] * walk->kernel[1] * (walk->channels / walk->groups), team, threads);
+}
+
 /* Tiles first..last of out [images, groups, tiles, TILE, kernel * channels / groups]. */
 static void part_rotated(Work *w, int64_t first, int64_t last) {
     const Walk g = *w->walk;
     const int64_t positions = g.positions[0] * g.positions[1], tiles = (positions + TILE - 1) / TILE;
     const int64_t own = g.channels / g.groups, features = g.kernel[0] * g.kernel[1] * own;
-    /* what lies in a row in memory: a kernel's row of all channels, or one kernel position's channels */
-    const int dense = g.groups == 1 && g.dilation[1] == 1;
-    const int64_t length = dense ? g.kernel[1] * own : own, across = dense ? 1 : g.kernel[1], runs = features / length;
+    const int64_t length = run_length(&g), across = length == own ? g.kernel[1] : 1, runs = features / length;
     float buffer[TILE][SPAN] __attribute__((aligned(64)));
     const float *buffered[TILE], *corner[TILE], *from[TILE];
     memset(buffer, 0, sizeof buffer);
@@ -587,7 +614,7 @@ static void part_rotated(Work *w, int64_t first, int64_t last) {
     }
 }
 
-/* x [images, height, width, channels], padding included, unfolded into rows of kernel positions, channels innermost, and rotated. */
+/* The same rows, rotated. */
 void unfold_and_rotate(const float *x, float *out, int64_t images, const Walk *walk, Team *team, int32_t threads) {
     const int64_t tiles = (walk->positions[0] * walk->positions[1] + TILE - 1) / TILE;
     const int64_t features = walk->kernel[0] * walk->kernel[1] * (walk->channels / walk->groups);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emulation import fused, native
 from emulation.codec import is_concrete
-from emulation.gemms import ConvGeometry, patches
+from emulation.gemms import ConvGeometry, padded_image, patches, walk
 from emulation.norms import at_least_float32
 
 TILE = 16
@@ -65,33 +65,20 @@ class Unfolding:
         self.channels_last = False
         ordered = in_weight_order and kernel > 1
         if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not ordered and native.usable():
-            self._x, self._image = _padded_image(x, conv), True
+            self._x, self._image, self._walk = padded_image(x, conv), True, walk(x, conv)
             self.channels_last = kernel > 1
-            fields = (conv.kernel, conv.stride, conv.dilation, size)
-            self._walk = (*self._x.shape[1:], conv.groups, *(n for pair in fields for n in pair))
 
     def write(self, out: Tensor, part: slice) -> None:
         """Writes the rows of some examples into ``out``, C-contiguous."""
         x = self._x[part]
         if self._image:
-            native.unfold_and_rotate(x, out, self._walk)
+            native.unfold(x, out, self._walk, rotated=True)
         elif x.dim() == 4 and x.dtype != torch.float64 and x.numel() and is_concrete(x) and fused.has_triton(x.device):
             from emulation import rotation_triton
 
             rotation_triton.unfold_and_rotate(x, out, self._conv)
         else:
             out.copy_(rotate(patches(x, self._conv).transpose(1, 2)).view(out.shape))
-
-
-def _padded_image(x: Tensor, conv: ConvGeometry) -> Tensor:
-    """[B, height, width, channels] with the convolution's zeros around it."""
-    image = x.permute(0, 2, 3, 1)
-    if not any(conv.padding):
-        return image.contiguous()
-    (n, height, width, channels), (above, beside) = image.shape, conv.padding
-    padded = x.new_zeros(n, height + 2 * above, width + 2 * beside, channels)
-    padded[:, above : above + height, beside : beside + width] = image
-    return padded
 
 
 def positions_alone(groups: int) -> ConvGeometry:
