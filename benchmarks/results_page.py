@@ -168,7 +168,7 @@ def _chips(found: Mapping[str, Evidence]) -> list[str]:
 
 def prose(text: str) -> str:
     """A paragraph in lines of at most 120 characters."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _unfinished(found: Mapping[str, Evidence]) -> list[str]:

@@ -28,6 +28,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
         "releases anyway; `greedy` takes those that save most time; `annealed` quantizes all of them in the first "
         "epochs and none in the last, `delayed` the reverse."
     ]
+    said += _answer(found)
     if anchors := _anchors(found):
         said.append(f"Full precision first meets what was published: {anchors}.")
     for key, data in DATA.items():
@@ -39,6 +40,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
     if elsewhere:
         said.append(f"Annealed less static elsewhere: {elsewhere}.")
     said += _every_choice(found)
+    said += _settings(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
         if cost.sign:
             said.append(
@@ -47,6 +49,54 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
                 f"released gradients accuracy changes by {difference(cost)} points."
             )
     return " ".join(said)
+
+
+def _answer(found: Mapping[str, Evidence]) -> list[str]:
+    """The comparisons with a fixed choice in short: which layers, and when."""
+    named = [(d, f"{key}_main") for key, d in DATA.items()]
+    named += [(f"{d} at equal modelled time", f"{key}_time") for key, d in DATA.items()]
+    which: list[tuple[str, Sample]] = []
+    when: list[tuple[str, Sample]] = []
+    for data, name in named:
+        for comparison, value in scheduler_averages(found[name]) if name in found else ():
+            if comparison.other == "static" and value.sign is not None:
+                if comparison.scheduler in ("pls", "dpquant"):
+                    which.append((data, value))
+                elif comparison.scheduler == "annealed":
+                    when.append((data, value))
+    said = []
+    if which:
+        gains = list(dict.fromkeys(data for data, value in which if value.sign == 1))
+        where = f"is shown to be better on {' and '.join(gains)}" if gains else "is nowhere shown to be better"
+        said.append(f"In short: drawing *which* layers anew, at random or by sensitivity, {where} than a fixed choice.")
+    gains = [f"{difference(value)} points on {data}" for data, value in when if value.sign == 1]
+    others = [f"{data} ({verdict(value)}, {difference(value)})" for data, value in when if value.sign != 1]
+    if gains:
+        said.append(
+            f"Choosing *when* is: quantizing everything at first and nothing at the end gains {', '.join(gains)}"
+            + (f"; not on {', '.join(others)}." if others else ".")
+        )
+    return said
+
+
+def _settings(found: Mapping[str, Evidence]) -> list[str]:
+    """What changing one setting of a scheduler at a time does."""
+    said = []
+    for name, evidence in found.items():
+        key, _, kind = name.partition("_")
+        if kind != "ablation":
+            continue
+        known = list(evidence.sweep.points.values())
+        pairs = [(p, other) for p in known if (other := evidence.sweep.compared_with(p)) is not None and other != p]
+        values = [value for pair in pairs if (value := average(evidence, [(pair[0], dict(pair[1]))])).sign is not None]
+        if values:
+            clear = sum(bool(value.sign) for value in values)
+            low, high = min(v.low or 0.0 for v in values), max(v.high or 0.0 for v in values)
+            said.append(
+                f"Of dpquant's settings, changed one at a time on {DATA[key]}, {clear} of {len(values)} changes make a "
+                f"difference that is shown; the intervals lie between {100 * low:+.2f} and {100 * high:+.2f} points."
+            )
+    return said
 
 
 def _compared(data: str, evidence: Evidence) -> str:
