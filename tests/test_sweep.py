@@ -512,7 +512,7 @@ def test_a_process_that_is_killed_ends_the_sweep_with_a_word(tmp_path: Path, mon
     assert read_results(tmp_path / "out" / "results.jsonl") == {}
 
 
-def _ends_its_process(run: Any, root: Path) -> None:
+def _ends_its_process(run: Any, root: Path, *rest: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
