@@ -46,14 +46,18 @@ class DenseGradient:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """The gradients summed, each times its factor [B]."""
         laid, dims = _in_memory_order(self.values)
-        values = at_least_float32(laid.flatten(1))
-        with exact_products():
-            row = factors.to(values.dtype) @ values
-        return row.view(laid.shape[1:]).permute(dims).contiguous()
+        return _weighted(laid.flatten(1), factors).view(laid.shape[1:]).permute(dims).contiguous()
 
     def without(self, dropped: Tensor) -> DenseGradient:
         """The same with the marked examples' gradients zero."""
         return replace(self, values=zero_examples(self.values, dropped))
+
+
+def _weighted(rows: Tensor, factors: Tensor) -> Tensor:
+    """The sum of ``rows`` [B, n], each times its factor [B]."""
+    rows = at_least_float32(rows)
+    with exact_products():
+        return factors.to(rows.dtype) @ rows
 
 
 def _in_memory_order(values: Tensor) -> tuple[Tensor, list[int]]:
@@ -198,9 +202,7 @@ def weighted_sums(contributions: list[Contribution], factors: Tensor) -> dict[nn
     small, others = _small(contributions)
     found = {c.parameter: c.weighted_sum(factors) for c in others}
     if small:
-        values = at_least_float32(torch.cat([c.values.flatten(1) for c in small], 1))
-        with exact_products():
-            row = factors.to(values.dtype) @ values
+        row = _weighted(torch.cat([c.values.flatten(1) for c in small], 1), factors)
         parts = row.split([c.parameter.numel() for c in small])
         found |= {c.parameter: part.view(c.parameter.shape) for c, part in zip(small, parts, strict=True)}
     return found

@@ -155,7 +155,7 @@ def patches(x: Tensor, conv: ConvGeometry) -> Tensor:
 
 def patch_rows(x: Tensor, conv: ConvGeometry) -> Tensor:
     """The same patches as rows [B * groups, T, prod(kernel) * C / groups], channels innermost: for inner products."""
-    if _has_native_rows(x):
+    if has_native_rows(x):
         shape = x.shape[0] * conv.groups, math.prod(conv.positions(tuple(x.shape[2:]))), math.prod(conv.kernel)
         out = x.new_empty(*shape[:2], shape[2] * x.shape[1] // conv.groups)
         native.unfold(padded_image(x, conv), out, walk(x, conv))
@@ -167,7 +167,8 @@ def patch_rows(x: Tensor, conv: ConvGeometry) -> Tensor:
     return rows.reshape(x.shape[0] * conv.groups, t, rows.shape[2 + dims :].numel())
 
 
-def _has_native_rows(x: Tensor) -> bool:
+def has_native_rows(x: Tensor) -> bool:
+    """Whether ``native.unfold`` takes an input [B, C, height, width]."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
         return False
     return is_concrete(x) and native.usable()
@@ -241,11 +242,15 @@ class WeightGradient:
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """The operands as [B * groups, T, in-features] and [B * groups, T, out-features], possibly strided views."""
+        return self._input_rows(), self._output_rows()
+
+    def _input_rows(self) -> Tensor:
+        """The input as [B * groups, T, in-features], in the order of the weight's elements unless ``rows`` says not."""
         if self.rows:
-            return self.x, self.grad_output
+            return self.x
         if self.conv is None:
-            return self.x.reshape(self.batch_size, self.reduction, self.x.shape[-1]), self._output_rows()
-        return patches(self.x, self.conv).transpose(1, 2), self._output_rows()
+            return self.x.reshape(self.batch_size, self.reduction, self.x.shape[-1])
+        return patches(self.x, self.conv).transpose(1, 2)
 
     def _output_rows(self) -> Tensor:
         """The gradient of the output as [B * groups, T, out-features]."""
@@ -282,7 +287,7 @@ class WeightGradient:
         if image:
             x = self.x
         elif conv is None or self.rows or self.x.is_cuda:
-            x = self.matrices()[0]
+            x = self._input_rows()
         else:
             x = patch_rows(self.x, conv)
         g = self._output_rows()
@@ -311,13 +316,12 @@ class WeightGradient:
 
     def per_example(self) -> Tensor:
         """Every example's own gradient, [B, *weight.shape]."""
-        unfolds = self.conv is not None and not self.rows
-        in_rows = unfolds and _has_native_rows(self.x)
+        in_rows = self.conv is not None and not self.rows and has_native_rows(self.x)
         result: Tensor | None = None
         start = 0
         for part in self._parts():
             g = part._output_rows()
-            x = patch_rows(part.x, part.conv) if in_rows and part.conv else part.matrices()[0]
+            x = patch_rows(part.x, part.conv) if in_rows and part.conv else part._input_rows()
             if result is None:
                 result = self.x.new_empty(self.batch_size * self.groups, g.shape[2], x.shape[2])
             torch.bmm(g.transpose(1, 2), x, out=result[start : start + len(x)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emulation import fused, native
 from emulation.codec import is_concrete
-from emulation.gemms import ConvGeometry, padded_image, patches, walk
+from emulation.gemms import ConvGeometry, has_native_rows, padded_image, patches, walk
 from emulation.norms import at_least_float32
 
 TILE = 16
@@ -63,8 +63,7 @@ class Unfolding:
         self.shape = (x.shape[0], conv.groups, t + -t % TILE, x.shape[1] // conv.groups * kernel)
         self._x, self._conv, self._image = x, conv, False
         self.channels_last = False
-        ordered = in_weight_order and kernel > 1
-        if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not ordered and native.usable():
+        if has_native_rows(x) and not (in_weight_order and kernel > 1):
             self._x, self._image, self._walk = padded_image(x, conv), True, walk(x, conv)
             self.channels_last = kernel > 1
 
