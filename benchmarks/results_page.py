@@ -59,7 +59,11 @@ choice was made, and so none is favoured. Their modelled times differ, for layer
 PARETO = """What a format loses in accuracy, all layers in it, beside what it saves in time and energy on the chips that
 have it, for the networks and batches that were trained."""
 GROUPS = (
-    ("Schedulers, sweep by sweep", ("fashion_main", "fashion_time", "cifar10_main", "cifar10_time", "digits_main")),
+    (
+        "Schedulers, sweep by sweep",
+        ("fashion_main", "fashion_time", "cifar10_main", "cifar10_epsilon3", "cifar10_time", "digits_main"),
+    ),
+    ("Learning rates", ("fashion_rates", "cifar10_rates")),
     ("Fixed choices of layers", ("fashion_subsets", "cifar10_subsets")),
     ("Settings of the scheduler", ("digits_ablation",)),
     ("Formats and accumulation", ("fashion_formats", "cifar10_formats", "fashion_accumulate")),
