@@ -74,7 +74,8 @@ SPECIFICATION = Fields(
                 "scheduler": Text(
                     choices=SCHEDULERS,
                     doc="layers quantized: none; drawn once; drawn every epoch; drawn by sensitivity; those that save "
-                    "most time; all in the first epochs alone; all in the last epochs alone",
+                    "most time; all in the first epochs alone; those that save most time in all but the last epochs; "
+                    "all in the last epochs alone",
                 ),
                 "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),

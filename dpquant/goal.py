@@ -95,21 +95,30 @@ class Goal:
             tuple(modelled.policies),
             sensitivities=sensitivities,
             beta=self.beta,
-            savings=modelled.savings if self.scheduler == "greedy" else None,
+            savings=modelled.savings if self.scheduler in ("greedy", "cooldown") else None,
             epoch=epoch,
             seed=seed,
         )
         if self.target_speedup is None:
             return modelled.fraction(order, self._share(modelled, steps, steps_done))
         target = self.target_speedup
-        if self.scheduler in ("annealed", "delayed"):
+        if self.scheduler == "cooldown" and (pace := self._pace(modelled, steps)) is not None:
+            target = pace
+        elif self.scheduler in ("annealed", "cooldown", "delayed"):
             # as if the epochs that come after were over, all of them in full precision, or all of them quantized
             after = modelled.steps - steps
-            others = {} if self.scheduler == "annealed" else modelled.reach().plan
+            others = modelled.reach().plan if self.scheduler == "delayed" else {}
             seconds_done += after * modelled.estimate(others).step_s
             steps, steps_done = modelled.steps, steps_done + after
             target *= 1 - 1e-9  # more than rounding moves sums of seconds by
         return modelled.meet(order, target, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
+
+    def _pace(self, modelled: ModelledRun, steps: int) -> float | None:
+        """The speedup until the cooldown by which the whole run meets its target; None: it is over, or out of reach."""
+        before = (1 - schedule.COOLDOWN) * modelled.steps
+        left = modelled.steps / (self.target_speedup or 1.0) - (modelled.steps - before)  # in steps of full precision
+        reachable = left > 0 and before / left <= modelled.reach().max_speedup
+        return before / left if reachable and steps <= before else None
 
     def _share(self, modelled: ModelledRun, steps: int, steps_done: int) -> float:
         """The share of the layers that this epoch quantizes; over the run as many as a fixed choice has."""
@@ -118,6 +127,7 @@ class Goal:
         return schedule.share_of_epoch(
             self.scheduler,  # type: ignore[arg-type]
             share,
+            layers=layers,
             steps=steps,
             steps_done=steps_done,
             run_steps=modelled.steps,

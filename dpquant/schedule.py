@@ -13,8 +13,12 @@ from typing import Literal, get_args
 
 from emulation.errors import InputError, suggestion
 
-Scheduler = Literal["full", "static", "pls", "dpquant", "greedy", "annealed", "delayed"]
+Scheduler = Literal["full", "static", "pls", "dpquant", "greedy", "annealed", "cooldown", "delayed"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
+
+COOLDOWN = 0.2
+"""The share of a run's steps that ``cooldown`` ends in full precision; pretraining in NVFP4 took 18 % (arXiv
+2509.25149)."""
 
 
 def probability(sensitivities: Sequence[float], beta: float) -> list[float]:
@@ -53,11 +57,13 @@ def draw_order(
             of ``-beta * sensitivity`` plus Gumbel noise, which is the same distribution (arXiv 1903.06059).
             ``greedy``: those that save most time first, so that the fewest are needed, the same in every epoch.
             ``annealed`` and ``delayed`` choose epochs (:func:`share_of_epoch`): the order, uniform and new every epoch,
-            matters where only a part of the layers is quantized.
+            matters where only a part of the layers is quantized. ``cooldown`` chooses both: the order of ``greedy``,
+            in all but the last epochs.
         layers: names, each once.
         sensitivities: released values by layer name, for ``dpquant``; None (nothing released yet) is a uniform draw.
         beta: how strongly sensitive layers are avoided, per unit of sensitivity; 0 is uniform.
-        savings: modelled seconds that quantizing each layer saves, for ``greedy``: of public shapes alone.
+        savings: modelled seconds that quantizing each layer saves, for ``greedy`` and ``cooldown``: of public shapes
+            alone.
         epoch: which draw this is.
         seed: of the run's schedule.
 
@@ -74,7 +80,7 @@ def draw_order(
         raise InputError(f"layer={twice!r} is given twice")
     if scheduler == "full":
         return ()
-    if scheduler == "greedy":
+    if scheduler in ("greedy", "cooldown"):
         saved = savings or {}
         if missing := [name for name in layers if name not in saved]:
             raise InputError(f"layer={missing[0]!r} has no savings", hint=suggestion(missing[0], saved))
@@ -89,24 +95,31 @@ def draw_order(
     return tuple(layers[i] for i in sorted(range(len(layers)), key=lambda i: -keys[i]))
 
 
-def share_of_epoch(scheduler: Scheduler, share: float, *, steps: int, steps_done: int, run_steps: int) -> float:
+def share_of_epoch(
+    scheduler: Scheduler, share: float, *, layers: int, steps: int, steps_done: int, run_steps: int
+) -> float:
     """The share of the layers that an epoch quantizes, so that ``share`` is their average over the run's steps.
 
     ``annealed`` quantizes everything at first and nothing at the end (as pretraining in NVFP4 may end in a higher
-    precision, arXiv 2509.25149), ``delayed`` nothing at first and everything at the end; all others quantize the same
-    share in every epoch.
+    precision, arXiv 2509.25149), ``delayed`` nothing at first and everything at the end; ``cooldown`` as few layers
+    as leave the last ``COOLDOWN`` of the run in full precision, or all of them where that is too few; all others
+    quantize the same share in every epoch.
 
     Args:
         scheduler: one of ``SCHEDULERS``.
         share: of the run's layers times steps, between 0 and 1.
+        layers: that can be quantized.
         steps: taken when the epoch ends.
         steps_done: taken when it starts.
         run_steps: of the whole run.
     """
-    if scheduler not in ("annealed", "delayed"):
+    if scheduler not in ("annealed", "cooldown", "delayed"):
         return share
-    elsewhere = steps_done if scheduler == "annealed" else run_steps - steps  # steps that quantize all there is
-    return min(max((share * run_steps - elsewhere) / (steps - steps_done), 0.0), 1.0)
+    most = 1.0
+    if scheduler == "cooldown":
+        most = math.ceil(layers * min(share / (1 - COOLDOWN), 1.0) - 1e-9) / max(layers, 1)
+    elsewhere = run_steps - steps if scheduler == "delayed" else steps_done  # steps that quantize all there is
+    return min(max((share * run_steps - most * elsewhere) / (steps - steps_done), 0.0), most)
 
 
 def _logits(sensitivities: Sequence[float], beta: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
@@ -151,7 +152,18 @@ def run_result(run: SweepRun, root: Path, deadline: float = math.inf) -> SweepRe
         said = line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
         wall_s = time.perf_counter() - started
         return SweepResult(**shared, status="failed", error=said, versions=versions(), wall_s=wall_s)
+    finally:
+        _give_memory_back()
     return result
+
+
+def _give_memory_back() -> None:
+    """What a run held on a GPU: the process that trained it lives on, and others train on the same device."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        gc.collect()  # a captured step and its module refer to each other
+        torch.cuda.empty_cache()
 
 
 class _OutOfTime(Exception):

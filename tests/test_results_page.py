@@ -103,7 +103,16 @@ def invented(name: str, accuracy: Any, seeds: int, **changes: Any) -> Evidence:
     return Evidence(sweep=sweep, results=results, stale=())
 
 
-GAIN = {"full": 0.05, "static": 0.0, "pls": 0.0, "dpquant": 0.02, "annealed": 0.0, "delayed": 0.0, "greedy": 0.0}
+GAIN = {
+    "full": 0.05,
+    "static": 0.0,
+    "pls": 0.0,
+    "dpquant": 0.02,
+    "annealed": 0.0,
+    "delayed": 0.0,
+    "greedy": 0.0,
+    "cooldown": 0.0,
+}
 
 
 def gains(run: Any) -> float:

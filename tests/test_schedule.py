@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpquant.schedule import SCHEDULERS, draw_order, probability, share_of_epoch
+from dpquant.schedule import COOLDOWN, SCHEDULERS, draw_order, probability, share_of_epoch
 from emulation.errors import InputError
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -126,7 +126,7 @@ def test_shares_of_epochs_average_to_the_runs_share(scheduler, share, epochs, pe
     ends = [min((e + 1) * per_epoch, epochs * per_epoch - short % per_epoch) for e in range(epochs)]
     starts, run_steps = [0, *ends[:-1]], ends[-1]
     found = [
-        share_of_epoch(scheduler, share, steps=end, steps_done=start, run_steps=run_steps)
+        share_of_epoch(scheduler, share, layers=7, steps=end, steps_done=start, run_steps=run_steps)
         for start, end in zip(starts, ends, strict=True)
     ]
     assert all(0 <= s <= 1 for s in found)
@@ -135,6 +135,11 @@ def test_shares_of_epochs_average_to_the_runs_share(scheduler, share, epochs, pe
     if scheduler in ("annealed", "delayed"):
         assert found == sorted(found, reverse=scheduler == "annealed")
         assert sum(0 < s < 1 for s in found) <= 1 + (share * run_steps != pytest.approx(total, abs=1e-12))
+    elif scheduler == "cooldown":
+        assert found == sorted(found, reverse=True)
+        assert found[0] * 7 == pytest.approx(round(found[0] * 7)) or epochs * share < 1
+        late = [s for s, start in zip(found, starts, strict=True) if start >= (1 - COOLDOWN) * run_steps]
+        assert share > 1 - COOLDOWN or sum(late) == pytest.approx(0, abs=1e-9)
     else:
         assert set(found) == {share}
 

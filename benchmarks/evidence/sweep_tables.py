@@ -272,6 +272,10 @@ COMPARISONS = (
     ),
     Comparison(scheduler="greedy", short="greedy", said="what saves most time (greedy) less static"),
     Comparison(scheduler="annealed", short="annealed", said="all at first, none at the end (annealed) less static"),
+    Comparison(
+        scheduler="cooldown", short="cooldown",
+        said="what saves most time, none in the last fifth (cooldown) less static",
+    ),
     Comparison(scheduler="delayed", short="delayed", said="none at first, all at the end (delayed) less static"),
     Comparison(
         scheduler="dpquant", estimator="probe", other="pls", short="", said="dpquant with the private probe less pls"
@@ -282,6 +286,8 @@ COMPARISONS = (
     ),
     Comparison(scheduler="annealed", other="pls", short="", said="annealed less pls"),
     Comparison(scheduler="greedy", other="annealed", short="", said="greedy less annealed"),
+    Comparison(scheduler="cooldown", other="greedy", short="", said="cooldown less greedy"),
+    Comparison(scheduler="cooldown", other="annealed", short="", said="cooldown less annealed"),
     Comparison(scheduler="annealed", other="delayed", short="", said="annealed less delayed"),
 )  # fmt: skip
 

@@ -40,7 +40,7 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 _OVERRIDES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "target_speedup": (("schedule", "target_speedup"), float, "modelled speedup the whole run must meet"),
     "fraction": (("schedule", "fraction"), float, "share of the layers to quantize instead of a target speedup"),
-    "scheduler": (("schedule", "scheduler"), str, "full, static, pls, dpquant, greedy, annealed or delayed"),
+    "scheduler": (("schedule", "scheduler"), str, "full, static, pls, dpquant, greedy, annealed, cooldown or delayed"),
     "hardware": (("hardware", "profile"), str, "hardware profile"),
     "basis": (("hardware", "basis"), str, "peak or calibrated"),
     "format": (
