@@ -70,6 +70,7 @@ GROUPS = (
     (
         "Other networks, optimizers and no privacy",
         (
+            "cifar10_resnet18_main",
             "cifar10_resnet18",
             "cifar10_deep",
             "cifar10_vit",

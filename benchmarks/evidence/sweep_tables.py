@@ -37,7 +37,8 @@ TITLES = {
     "cifar10_vit": "A vision transformer on CIFAR-10, DP-Adam",
     "words_main": "A transformer on text, DP-Adam",
     "cifar10_finetune": "Fine-tuning on CIFAR-10",
-    "cifar10_resnet18": "ResNet-18 with GroupNorm on CIFAR-10",
+    "cifar10_resnet18": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time",
+    "cifar10_resnet18_main": "ResNet-18 with GroupNorm on CIFAR-10",
     "cifar10_deep": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10",
 }
 ROOTS = {"fashion": "", "digits": "", "cifar10": " --data-root cifar10", "words": " --data-root words.npz"}
