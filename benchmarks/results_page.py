@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from evidence import chips, findings, operand_tables, variance_tables
+from evidence import chips, findings, glance, operand_tables, variance_tables
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
 from evidence.plots import Panel, dots
@@ -46,6 +46,12 @@ VARIANCE = (
     """Third, which operands do it, under DP-SGD: squared error of the mean clipped weight gradient over its square.
     Forward operands (weights, inputs) are rounded to nearest, output gradients stochastically (FP8: to nearest).""",
 )
+GLANCE = """Test accuracy lost against full precision, in points, with as many layers times epochs quantized to LUQ-FP4
+by every schedule, averaged over the budgets named. `static` draws its layers once, `pls` anew every epoch, `dpquant`
+anew with a preference for layers that were found insensitive in gradients that training releases anyway, `greedy` takes
+those that save most time; `annealed` quantizes all of them in the first epochs and none in the last, `cooldown` those
+that save most time, and none in the last fifth of the run."""
+GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200."""
 PROBES = """What the private probe takes of the budget: the noise multiplier of training without it and with it, and
 dpquant's accuracy with the probe less with the free estimate, averaged over fractions."""
 OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
@@ -65,13 +71,14 @@ GROUPS = (
     ),
     ("Learning rates", ("fashion_rates", "cifar10_rates")),
     ("Fixed choices of layers", ("fashion_subsets", "cifar10_subsets")),
-    ("Settings of the scheduler", ("digits_ablation",)),
+    ("Settings of the scheduler", ("digits_ablation", "cifar10_beta")),
     ("Formats and accumulation", ("fashion_formats", "cifar10_formats", "fashion_accumulate")),
     (
         "Other networks, optimizers and no privacy",
         (
             "cifar10_resnet18_main",
             "cifar10_resnet18",
+            "fashion_resnet18",
             "cifar10_deep",
             "cifar10_vit",
             "words_main",
@@ -109,6 +116,9 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         "\n\n".join(prose(paragraph) for paragraph in findings.paragraphs(found)),
         "",
+        "## At a glance",
+        "",
+        *_glance(found),
         "## Full precision against published figures",
         "",
         "Tramer and Boneh (arXiv 2011.11660): the same networks, rates and budgets.",
@@ -134,6 +144,14 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
             parts += ["", section(name, found[name], plot)]
     parts += _variance() + _chips(found) + _unfinished(found) + ["", "## Hours", "", hours(found)]
     return "\n".join(parts) + "\n", plots
+
+
+def _glance(found: Mapping[str, Evidence]) -> list[str]:
+    parts: list[str] = []
+    for text, equal_time in ((GLANCE, False), (GLANCE_TIME, True)):
+        if body := glance.glance_table(found, equal_time=equal_time):
+            parts += [prose(text), "", body, ""]
+    return parts
 
 
 def _best(found: Mapping[str, Evidence]) -> list[str]:

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from evidence import findings, plots, sweep_tables  # noqa: E402
+from evidence import findings, glance, plots, sweep_tables  # noqa: E402
 from evidence.files import Evidence, load_all  # noqa: E402
+from evidence.markdown import difference  # noqa: E402
 
 from dpquant.statistics import sample  # noqa: E402
 from dpquant.sweep import load_sweep, point_key  # noqa: E402
@@ -181,9 +182,66 @@ def test_annealed_is_held_against_every_fixed_choice() -> None:
     assert all(line.count("1.20x") == 2 for line in found)
     said = findings.paragraphs({"fashion_main": main, "fashion_subsets": subsets})[0]
     assert (
-        "of the 4 fixed choices of as many layers that were trained annealed is shown to be better than 3 and" in said
+        "of the 4 fixed choices of as many layers that were trained `annealed` is shown to be better than 3 and" in said
     )
     assert re.search(r"the least that it gains on one is -2\.\d\d", said)
+
+
+def test_what_helps_is_said_only_where_it_does() -> None:
+    def when(run: Any) -> float:
+        late = run.settings["schedule.scheduler"] in ("annealed", "cooldown")
+        return 0.6 + 0.03 * late + 1e-3 * ((run.seed * 7 + len(run.name)) % 5)
+
+    names = ("cifar10_main", "cifar10_time", "words_main")
+    said = findings.paragraphs({name: invented(name, when, 5) for name in names})[0]
+    assert "Changing *which* layers are quantized is not shown to help" in said
+    assert "Changing *when* helps" in said
+    assert re.search(r"in 2 of 2 comparisons, by \+[23]\.\d\d .* on .* to \+3\.\d\d", said)
+    assert re.search(r"gain on `static`: \+[23]\.\d\d .* \(less `greedy` \+[23]\.", said)
+    flat = {name: invented(name, lambda run: 0.6 + 1e-3 * ((run.seed * 5 + len(run.name)) % 7), 5) for name in names}
+    said = findings.paragraphs(flat)[0]
+    assert "Changing *when* is not shown to help" in said
+    two = {name: invented(name, when, 2) for name in names}
+    assert "too few seeds" in findings.paragraphs(two)[0]
+
+
+def test_the_glance_holds_schedules_to_full_precision_on_what_all_of_them_have() -> None:
+    def accuracy(run: Any) -> float:
+        budget = run.settings["privacy.target_epsilon"] / 100
+        return 0.5 + budget + 0.01 * run.seed - 0.04 * (run.settings["schedule.scheduler"] != "full")
+
+    evidence = invented("fashion_main", accuracy, 4)
+    partial = {n: r for n, r in evidence.results.items() if "scheduler=pls" not in n or "target_epsilon=8.0" in n}
+    (half, *_), known = (list(glance.lines({"fashion_main": e})) for e in (
+        Evidence(sweep=evidence.sweep, results=partial, stale=()), evidence
+    ))  # fmt: skip
+    assert half.budgets == "8"  # the other two have no pls
+    assert known[0].budgets == "8, 4, 1"
+    assert known[0].full.mean == pytest.approx(0.5 + 13 / 300 + 0.015)
+    assert set(known[0].lost) == {"static", "pls", "dpquant", "annealed", "cooldown"}
+    assert all(value.mean == pytest.approx(-0.04) for value in known[0].lost.values())
+    text = glance.glance_table({"fashion_main": evidence}, equal_time=False)
+    assert "| Fashion-MNIST's CNN | 50 % of the layers | 8, 4, 1 | 55.8 ± 1.3 | -4.00 (-4.00 to -4.00) |" in text
+    assert glance.glance_table({"fashion_main": evidence}, equal_time=True) == ""
+
+
+def test_what_readme_and_guides_quote_is_what_was_found() -> None:
+    def lost(value: Any) -> str:
+        return f"{-100 * value.mean:.1f} ({-100 * value.high:.1f} to {-100 * value.low:.1f})"
+
+    found = load_all()
+    readme, guides = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "docs/guides.md"))
+    line = next(one for one in glance.lines(found) if (one.subject, one.goal) == ("ResNet-18 on CIFAR-10", "1.2x"))
+    assert f"({difference(line.lost['cooldown'])} points)" in readme
+    assert line.lost["cooldown"].sign == 0
+    assert f"a fixed random choice lost {lost(line.lost['static'])}." in readme
+    formats = found["cifar10_formats"]
+    full = formats.points(scheduler="full")[0]
+    nvfp4, luq = (
+        lost(formats.compared(formats.points(scheduler="static", fraction=1.0, format=name)[0], full))
+        for name in ("nvfp4", "luq_fp4")
+    )
+    assert f"NVFP4 loses {nvfp4} points where LUQ-FP4 loses {luq}." in guides
 
 
 def test_device_hours_count_time_shared_once() -> None:

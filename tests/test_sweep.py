@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -523,6 +524,19 @@ def test_runs_share_one_gpu(tmp_path: Path) -> None:
     results = sweep_runs.train_sweep(sweep, tmp_path / "out", jobs=2)
     assert all(result.done for result in results.values()), [result.error for result in results.values()]
     assert all("cpu" not in str(result.device) for result in results.values())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()")
+def test_a_run_gives_the_gpus_memory_back(tmp_path: Path) -> None:
+    sweep = load_sweep(spec(tmp_path, "seeds: [0, 1, 2]\n"), {("training", "device"): "cuda"})
+    left = []
+    for run in sweep.runs:
+        result = sweep_runs.run_result(run, tmp_path)
+        assert result is not None
+        assert result.done
+        left.append(torch.cuda.memory_reserved())
+    assert left[2] <= left[1] <= 64 << 20
 
 
 def test_device_and_data_are_this_machines(tmp_path: Path) -> None:

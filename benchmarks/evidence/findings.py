@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from dpquant.statistics import Sample, sample
 
 from . import chips, variance_tables
-from .files import Evidence, Settings, average
-from .markdown import difference, interval, verdict
+from .files import Evidence, average
+from .glance import SUBJECTS, at_equal_time
+from .markdown import difference, interval
 from .sweep_tables import PUBLISHED, TITLES, every_choice, probe_costs, scheduler_averages
 
-DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text, with DP-Adam"}
+DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text"}
 LAYERS = {"fashion": 4, "cifar10": 8}
+SEEDS = 3
+"""Fewer say nothing here: of two, a narrow interval is chance."""
 
 
 def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
@@ -20,112 +23,117 @@ def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
     return [_scheduling(found), _arithmetic(found), _chips()]
 
 
+def compared(
+    found: Mapping[str, Evidence], scheduler: str, other: str, *, equal_time: bool | None = None
+) -> Iterator[tuple[str, str | None, Sample]]:
+    """Subject, estimator and difference of two schedulers in every sweep that has both and enough seeds."""
+    for name, subject in SUBJECTS.items():
+        if name not in found or equal_time not in (None, at_equal_time(found[name])):
+            continue
+        for comparison, value in scheduler_averages(found[name]):
+            if (comparison.scheduler, comparison.other) == (scheduler, other) and value.n >= SEEDS:
+                yield subject, comparison.estimator, value
+
+
+def _span(values: list[tuple[str, Sample]]) -> str:
+    """The least and the most of several differences, each with its interval and its place."""
+    ordered = sorted(values, key=lambda one: one[1].mean or 0.0)
+    ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    return " to ".join(f"{difference(value)} points on {name}" for name, value in ends)
+
+
 def _scheduling(found: Mapping[str, Evidence]) -> str:
-    said = [
-        "**Does a changing choice of layers save accuracy?** Quantizing a layer to FP4 costs accuracy; the schedulers "
-        "decide which layers it costs, or when. `static` draws them once, `pls` anew every epoch, `dpquant` anew with "
-        "a preference for layers that were found insensitive, by a private probe or from gradients that training "
-        "releases anyway; `greedy` takes those that save most time; `annealed` quantizes all of them in the first "
-        "epochs and none in the last, `delayed` the reverse."
-    ]
-    said += _answer(found)
-    if anchors := _anchors(found):
-        said.append(f"Full precision first meets what was published: {anchors}.")
-    for key, data in DATA.items():
-        if f"{key}_main" in found:
-            said.append(_compared(data, found[f"{key}_main"]))
-        if f"{key}_time" in found:
-            said.append(_compared(f"{data} at equal modelled time", found[f"{key}_time"]))
-    elsewhere = _elsewhere(found)
-    if elsewhere:
-        said.append(f"Annealed less static elsewhere: {elsewhere}.")
-    said += _every_choice(found)
-    said += _settings(found)
+    said = ["**Does a changing choice of layers save accuracy?**"]
+    which, when = _which(found), _when(found)
+    if not which and not when:
+        return " ".join([*said, "There are too few seeds yet to say anything."])
+    said += which + when + _cooldown(found) + _every_choice(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
-        if cost.sign:
+        if cost.sign and cost.n >= SEEDS:
             said.append(
-                f"The private probe has a price: on {DATA[name.split('_')[0]]} at epsilon {epsilon:g} its share of the "
-                f"budget raises the noise multiplier from {free:.2f} to {paid:.2f}, and against the free estimate from "
-                f"released gradients accuracy changes by {difference(cost)} points."
+                f"The private probe has a price where data are few: on {DATA[name.split('_')[0]]} at epsilon "
+                f"{epsilon:g} it raises the noise multiplier from {free:.2f} to {paid:.2f}, and against the free "
+                f"estimate accuracy changes by {difference(cost)} points."
             )
     return " ".join(said)
 
 
-def _answer(found: Mapping[str, Evidence]) -> list[str]:
-    """The comparisons with a fixed choice in short: which layers, and when."""
-    named = [(d, f"{key}_main") for key, d in DATA.items()]
-    named += [(f"{d} at equal modelled time", f"{key}_time") for key, d in DATA.items()]
-    which: list[tuple[str, Sample]] = []
-    when: list[tuple[str, Sample]] = []
-    for data, name in named:
-        for comparison, value in scheduler_averages(found[name]) if name in found else ():
-            if comparison.other == "static" and value.sign is not None:
-                if comparison.scheduler in ("pls", "dpquant"):
-                    which.append((data, value))
-                elif comparison.scheduler == "annealed":
-                    when.append((data, value))
-    said = []
-    if which:
-        gains = list(dict.fromkeys(data for data, value in which if value.sign == 1))
-        where = f"is shown to be better on {' and '.join(gains)}" if gains else "is nowhere shown to be better"
-        said.append(f"In short: drawing *which* layers anew, at random or by sensitivity, {where} than a fixed choice.")
-    gains = [f"{difference(value)} points on {data}" for data, value in when if value.sign == 1]
-    others = [f"{data} ({verdict(value)}, {difference(value)})" for data, value in when if value.sign != 1]
-    if gains:
-        said.append(
-            f"Choosing *when* is: quantizing everything at first and nothing at the end gains {', '.join(gains)}"
-            + (f"; not on {', '.join(others)}." if others else ".")
-        )
-    return said
-
-
-def _settings(found: Mapping[str, Evidence]) -> list[str]:
-    """What changing one setting of a scheduler at a time does."""
-    said = []
-    for name, evidence in found.items():
-        key, _, kind = name.partition("_")
-        if kind != "ablation":
-            continue
-        known = list(evidence.sweep.points.values())
-        pairs = [(p, other) for p in known if (other := evidence.sweep.compared_with(p)) is not None and other != p]
-        values = [value for pair in pairs if (value := average(evidence, [(pair[0], dict(pair[1]))])).sign is not None]
-        if values:
-            clear = sum(bool(value.sign) for value in values)
-            low, high = min(v.low or 0.0 for v in values), max(v.high or 0.0 for v in values)
-            said.append(
-                f"Of dpquant's settings, changed one at a time on {DATA[key]}, {clear} of {len(values)} changes make a "
-                f"difference that is shown; the intervals lie between {100 * low:+.2f} and {100 * high:+.2f} points."
-            )
-    return said
-
-
-def _compared(data: str, evidence: Evidence) -> str:
-    """What one sweep shows of the schedulers: each clear difference, and how large the others may be at most."""
-    values = [(c.said, value) for c, value in scheduler_averages(evidence) if value.sign is not None]
+def _which(found: Mapping[str, Evidence]) -> list[str]:
+    """Which layers: drawn anew, or by sensitivity, against one fixed choice."""
+    values = [(f"{s} ({name})", v) for s in ("pls", "dpquant") for name, _, v in _free(found, s)]
     if not values:
-        return f"On {data} there are too few seeds yet to say anything."
-    text = f"On {data}, in points of test accuracy averaged over all settings, "
-    clear = [f"{said} is {verdict(value)}: {difference(value)}" for said, value in values if value.sign]
-    open_ = [value for _, value in values if not value.sign]
-    if clear:
-        text += "; ".join(clear) + "."
+        return []
+    better = [one for one in values if one[1].sign == 1]
+    worse = [one for one in values if one[1].sign == -1]
+    text = (
+        f"Changing *which* layers are quantized {_helps(better, values)}: drawn anew every epoch (`pls`), or "
+        "preferring those that gradients released anyway found insensitive (`dpquant`), they are shown to be better "
+        f"than one fixed random choice (`static`) in {len(better)} of {len(values)} comparisons"
+    )
+    text += "".join(f", by {difference(v)} points for {name}" for name, v in better)
+    text += f", and worse in {len(worse)}." if worse else ", and worse in none."
+    told = [text]
+    told += [
+        f"dpquant with the private probe less static is {_sign(v)}: {difference(v)} on {name}."
+        for name, v in (
+            (n, v) for n, estimator, v in compared(found, "dpquant", "static") if estimator == "probe" and v.sign
+        )
+    ]
+    return told
+
+
+def _helps(better: list[tuple[str, Sample]], values: list[tuple[str, Sample]]) -> str:
+    """In a word; of twenty comparisons one is better by chance alone."""
+    if not better:
+        return "is not shown to help"
+    return "hardly helps" if 10 * len(better) < len(values) else "helps"
+
+
+def _free(found: Mapping[str, Evidence], scheduler: str) -> Iterator[tuple[str, str | None, Sample]]:
+    return (one for one in compared(found, scheduler, "static") if one[1] != "probe")
+
+
+def _sign(value: Sample) -> str:
+    return "better" if value.sign == 1 else "worse"
+
+
+def _when(found: Mapping[str, Evidence]) -> list[str]:
+    """When: everything quantized at first and nothing at the end."""
+    values = [(name, v) for name, _, v in compared(found, "annealed", "static", equal_time=False)]
+    if not values:
+        return []
+    better = [one for one in values if one[1].sign == 1]
+    open_ = [v for _, v in values if v.sign == 0]
+    text = (
+        f"Changing *when* {_helps(better, values)}: with as many layers times epochs, all of them quantized at first "
+        f"and none at the end (`annealed`) is better than `static` in {len(better)} of {len(values)} comparisons"
+    )
+    text += f", by {_span(better)}" if better else ""
     if open_:
-        least, most = min(v.low or 0.0 for v in open_), max(v.high or 0.0 for v in open_)
-        among = f"the other {len(open_)} comparisons" if clear else f"{len(open_)} comparisons"
-        span = f"their intervals lie between {100 * least:+.2f} and {100 * most:+.2f}"
-        text += f"{' Of' if clear else 'of'} {among} none shows a difference; {span}."
-    return text
+        low, high = min(v.low or 0.0 for v in open_), max(v.high or 0.0 for v in open_)
+        text += f"; no difference is shown in {len(open_)}, whose intervals lie between {100 * low:+.2f} and "
+        text += f"{100 * high:+.2f}"
+    reverse = [v for _, _, v in compared(found, "annealed", "delayed")]
+    said = [text + "."]
+    if reverse:
+        worse = sum(v.sign == 1 for v in reverse)
+        said.append(f"The reverse order (`delayed`) is shown to be worse than it in {worse} of {len(reverse)}.")
+    return said
 
 
-def _elsewhere(found: Mapping[str, Evidence]) -> str:
+def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
+    """At equal modelled time: the layers that save most, and none of them in the last fifth."""
     parts = []
-    for name, evidence in found.items():
-        if name.endswith(("_main", "_time")) or "schedule.scheduler" not in evidence.sweep.keys:
-            continue
-        for comparison, value in scheduler_averages(evidence):
-            if (comparison.scheduler, comparison.other) == ("annealed", "static") and value.sign is not None:
-                parts.append(f"{TITLES[name]} {difference(value)}, {verdict(value)}")
-    return "; ".join(parts)
+    for name, _, versus in compared(found, "cooldown", "static", equal_time=True):
+        greedy = [v for n, _, v in compared(found, "cooldown", "greedy", equal_time=True) if n == name]
+        text = f"{difference(versus)} on {name}"
+        parts.append(text + (f" (less `greedy` {difference(greedy[0])})" if greedy else ""))
+    if not parts:
+        return []
+    return [
+        "At equal modelled time, the layers that save most time and none in the last fifth of the run (`cooldown`) "
+        f"gain on `static`: {'; '.join(parts)}. Such schedules need no measurement, and so cost no privacy."
+    ]
 
 
 def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
@@ -135,13 +143,13 @@ def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
         if f"{key}_main" not in found or f"{key}_subsets" not in found:
             continue
         against = [value for *_, value in every_choice(found[f"{key}_main"], found[f"{key}_subsets"], layers)]
-        against = [value for value in against if value.sign is not None and value.mean is not None]
+        against = [value for value in against if value.n >= SEEDS and value.mean is not None]
         if not against:
             continue
         better, worse = (sum(value.sign == sign for value in against) for sign in (1, -1))
         least = min(against, key=lambda value: value.mean or 0.0)
         said.append(
-            f"On {DATA[key]}, of the {len(against)} fixed choices of as many layers that were trained annealed is "
+            f"On {DATA[key]}, of the {len(against)} fixed choices of as many layers that were trained `annealed` is "
             f"shown to be better than {better} and worse than {worse}; the least that it gains on one is "
             f"{difference(least)} points."
         )
@@ -162,47 +170,51 @@ def _anchors(found: Mapping[str, Evidence]) -> str:
 
 
 def _arithmetic(found: Mapping[str, Evidence]) -> str:
-    said = [
-        "**Where does the accuracy go?** Each difference is against full precision, averaged over the budgets that all "
-        "of the schedules have."
-    ]
+    said = ["**Where does the accuracy go?**"]
     for name, evidence in found.items():
         key, _, kind = name.partition("_")
-        if kind in ("main", "time"):
-            said += _lost(DATA[key], evidence)
-        elif kind == "formats":
-            costs = []
-            for settings in evidence.points(scheduler="static", fraction=1.0):
-                lost = _against_full(evidence, [settings])
-                if lost.low is not None:
-                    costs.append(f"{settings['format']} {difference(lost)}")
-            if costs:
-                said.append(f"On {DATA[key]}, all layers, by format: {'; '.join(costs)}.")
-    said.append(variance_tables.sentence())
+        if kind != "formats":
+            continue
+        costs = []
+        for settings in evidence.points(scheduler="static", fraction=1.0):
+            full = evidence.full_precision(settings)
+            lost = average(evidence, [(settings, full)]) if full is not None else sample([])
+            if lost.n >= SEEDS and lost.mean is not None:
+                costs.append((lost.mean, f"{settings['format']} {difference(lost)}"))
+        if costs:
+            said.append(
+                f"On {DATA[key]} each format, all layers in it, loses against full precision: "
+                f"{', '.join(text for _, text in sorted(costs))} points."
+            )
+        for settings in evidence.points(scheduler="annealed"):
+            full = evidence.full_precision(settings)
+            lost = average(evidence, [(settings, full)]) if full is not None else sample([])
+            if settings["format"] == "nvfp4" and lost.n >= SEEDS:
+                said.append(f"Format and schedule add up: nvfp4, annealed: {difference(lost)} points.")
+    said += [variance_tables.sentence(), *_settings(found)]
+    if anchors := _anchors(found):
+        said.append(f"Full precision itself is as published: {anchors}.")
     return " ".join(part for part in said if part)
 
 
-def _lost(data: str, evidence: Evidence) -> list[str]:
-    """What schedules cost against full precision, over the settings that all have, for every share or target."""
+def _settings(found: Mapping[str, Evidence]) -> list[str]:
+    """What changing one setting of a scheduler at a time does."""
     said = []
-    known = evidence.sweep.points.values()
-    goals = ("fraction", "{:.0%} of the layers in LUQ-FP4"), ("target_speedup", "LUQ-FP4 to a modelled {:g}x")
-    for goal, text in goals:
-        for value in sorted({p.get(f"schedule.{goal}") or 0.0 for p in evidence.points(scheduler="static")} - {0.0}):
-            names = [s for s in ("static", "greedy", "annealed") if evidence.points(scheduler=s, **{goal: value})]
-            of_static = evidence.points(scheduler="static", **{goal: value})
-            groups = [[{**p, "schedule.scheduler": name} for name in names] for p in of_static]
-            shared = [group for group in groups if all(point in known for point in group)]
-            lost = [_against_full(evidence, list(points)) for points in zip(*shared, strict=True)]
-            parts = [f"{name} {difference(v)}" for name, v in zip(names, lost, strict=True) if v.low is not None]
-            if parts:
-                said.append(f"On {data}, {text.format(value).replace('%', ' %')}: {', '.join(parts)} points.")
+    for name, evidence in found.items():
+        key, _, kind = name.partition("_")
+        if kind not in ("ablation", "beta"):
+            continue
+        known = list(evidence.sweep.points.values())
+        pairs = [(p, other) for p in known if (other := evidence.sweep.compared_with(p)) is not None and other != p]
+        values = [v for p, other in pairs if (v := average(evidence, [(p, dict(other))])).n >= SEEDS]
+        if values:
+            clear = sum(bool(value.sign) for value in values)
+            low, high = min(v.low or 0.0 for v in values), max(v.high or 0.0 for v in values)
+            said.append(
+                f"Of dpquant's settings, changed one at a time on {DATA[key]}, {clear} of {len(values)} changes make a "
+                f"difference that is shown; the intervals lie between {100 * low:+.2f} and {100 * high:+.2f} points."
+            )
     return said
-
-
-def _against_full(evidence: Evidence, points: list[Settings]) -> Sample:
-    pairs = [(p, full) for p in points if (full := evidence.full_precision(p)) is not None]
-    return average(evidence, pairs)
 
 
 def _chips() -> str:

@@ -9,7 +9,7 @@ from html import escape
 
 from dpquant.statistics import Sample
 
-COLOURS = ("#57606a", "#b4450f", "#9a6700", "#0b5cad", "#1a7f37", "#8250df", "#cf222e")
+COLOURS = ("#57606a", "#b4450f", "#9a6700", "#0b5cad", "#1a7f37", "#8250df", "#cf222e", "#bf3989", "#1b7c83")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 270, 246, 44, 42, 34
 
 

@@ -12,6 +12,7 @@ from dpquant.statistics import Sample, paired, sample
 from dpquant.sweep import Outcome, outcomes, short_names
 
 from .files import Evidence, Settings, average
+from .glance import SUBJECTS
 from .markdown import NONE, difference, interval, mean, table, times, verdict
 
 PUBLISHED = {"fashion_anchor": 86.0, "cifar10_anchor": 59.2}
@@ -39,6 +40,8 @@ TITLES = {
     "cifar10_finetune": "Fine-tuning on CIFAR-10",
     "cifar10_resnet18": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time",
     "cifar10_resnet18_main": "ResNet-18 with GroupNorm on CIFAR-10",
+    "fashion_resnet18": "ResNet-18 with GroupNorm on Fashion-MNIST",
+    "cifar10_beta": "How strongly dpquant prefers, ResNet-18 on CIFAR-10",
     "cifar10_deep": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10",
 }
 ROOTS = {"fashion": "", "digits": "", "cifar10": " --data-root cifar10", "words": " --data-root words.npz"}
@@ -341,8 +344,8 @@ def averages_table(found: Mapping[str, Evidence]) -> str:
     """Every comparison of schedulers over every sweep that varies them."""
     rows = [
         [TITLES.get(name, name), comparison.said, f"{value.n}", difference(value), verdict(value)]
-        for name, evidence in found.items()
-        if "schedule.scheduler" in evidence.sweep.keys and name != "digits_schedulers"
+        for name in SUBJECTS
+        if (evidence := found.get(name)) is not None
         for comparison, value in scheduler_averages(evidence)
         if value.n
     ]

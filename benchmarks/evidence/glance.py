@@ -1,0 +1,146 @@
+"""What every schedule loses against full precision, a line per network, data and goal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from dpquant.statistics import Sample, sample
+
+from .files import Evidence, Settings, average
+from .markdown import difference, mean, table
+
+SCHEDULERS = ("static", "pls", "dpquant", "greedy", "annealed", "cooldown")
+SUBJECTS = {
+    "fashion_main": "Fashion-MNIST's CNN",
+    "cifar10_main": "CIFAR-10's CNN",
+    "digits_main": "the digits' CNN",
+    "cifar10_resnet18_main": "ResNet-18 on CIFAR-10",
+    "fashion_resnet18": "ResNet-18 on Fashion-MNIST",
+    "cifar10_vit": "a vision transformer on CIFAR-10",
+    "words_main": "a transformer on text",
+    "cifar10_finetune": "fine-tuning on CIFAR-10",
+    "cifar10_epsilon3": "CIFAR-10's CNN as published",
+    "fashion_rates": "Fashion-MNIST's CNN at other learning rates",
+    "cifar10_rates": "CIFAR-10's CNN at other learning rates",
+    "cifar10_nonprivate": "CIFAR-10's CNN without privacy",
+    "fashion_time": "Fashion-MNIST's CNN",
+    "cifar10_time": "CIFAR-10's CNN",
+    "cifar10_resnet18": "ResNet-18 on CIFAR-10",
+    "cifar10_deep": "ResNet-50 and DenseNet-121 on CIFAR-10",
+}
+"""In the order in which they are told; those of equal modelled time last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One network, data set and goal.
+
+    Attributes:
+        subject: network and data.
+        goal: share of the layers, or the modelled speedup.
+        budgets: the epsilons that it is averaged over.
+        full: accuracy in full precision.
+        lost: scheduler -> its accuracy less full precision's, averaged over the settings that all have.
+    """
+
+    subject: str
+    goal: str
+    budgets: str
+    full: Sample
+    lost: Mapping[str, Sample]
+
+
+def at_equal_time(evidence: Evidence) -> bool:
+    """Whether a sweep's schedules share a modelled speedup, and not a number of layers."""
+    return "schedule.target_speedup" in evidence.sweep.keys
+
+
+def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
+    """Every sweep of schedulers, goal by goal and model by model."""
+    for name, subject in SUBJECTS.items():
+        if name not in found:
+            continue
+        evidence = found[name]
+        goal = "target_speedup" if at_equal_time(evidence) else "fraction"
+        models = {p.get("model.name"): None for p in evidence.sweep.points.values()}
+        for model in models:
+            own = subject if len(models) == 1 else f"{_MODELS.get(str(model), str(model))} on CIFAR-10"
+            values = {p[f"schedule.{goal}"] for p in evidence.points(scheduler="static")}
+            for value in sorted(values):
+                line = _line(evidence, own, goal, value, model)
+                if line is not None:
+                    yield line
+
+
+_MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
+
+
+def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str | None) -> Line | None:
+    wanted = {goal: value} | ({"name": model} if model is not None else {})
+    trained = {
+        scheduler: {_rest(p): p for p in _of(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
+        for scheduler in SCHEDULERS
+    }
+    trained = {scheduler: points for scheduler, points in trained.items() if points}
+    if "static" not in trained:
+        return None
+    shared = [rest for rest in trained["static"] if all(rest in points for points in trained.values())]
+    settings = [trained["static"][rest] for rest in shared]
+    fulls = [full for p in settings if (full := evidence.full_precision(p)) is not None]
+    if not fulls:
+        return None
+    lost = {}
+    for scheduler, points in trained.items():
+        pairs = [(points[r], full) for r in shared if (full := evidence.full_precision(points[r])) is not None]
+        lost[scheduler] = average(evidence, pairs)
+    by_seed: dict[int, list[float]] = {}
+    for full in fulls:
+        for seed, accuracy in evidence.accuracies(full).items():
+            by_seed.setdefault(seed, []).append(accuracy)
+    budgets = sorted({p["privacy.target_epsilon"] for p in settings if p.get("privacy.target_epsilon")}, reverse=True)
+    return Line(
+        subject=subject,
+        goal=f"{value:.0%} of the layers".replace("%", " %") if goal == "fraction" else f"{value:g}x",
+        budgets=", ".join(f"{epsilon:g}" for epsilon in budgets) or _budget(evidence),
+        full=sample([sum(own) / len(own) for own in by_seed.values()]),
+        lost=lost,
+    )
+
+
+def _budget(evidence: Evidence) -> str:
+    """Of a sweep that does not vary it."""
+    epsilon = next(iter(evidence.sweep.runs)).config["privacy"]["target_epsilon"]
+    return "none" if epsilon is None else f"{epsilon:g}"
+
+
+def _of(evidence: Evidence, scheduler: str, wanted: Mapping[str, object]) -> list[Settings]:
+    estimator = {}
+    if "analysis.estimator" in evidence.sweep.keys:
+        estimator = {"estimator": "released" if scheduler == "dpquant" else "probe"}
+    return evidence.points(scheduler=scheduler, **wanted, **estimator)
+
+
+def _rest(settings: Settings) -> str:
+    """What of a point is not its schedule."""
+    return str({k: v for k, v in settings.items() if k not in ("schedule.scheduler", "analysis.estimator")})
+
+
+def glance_table(found: Mapping[str, Evidence], *, equal_time: bool) -> str:
+    """Points lost against full precision, by scheduler; empty where nothing was trained."""
+    known = [line for line in lines(found) if line.goal.endswith("x") == equal_time]
+    rows = [
+        [
+            line.subject,
+            line.goal,
+            line.budgets,
+            mean(line.full),
+            *(difference(line.lost[s]) if s in line.lost else "" for s in SCHEDULERS),
+        ]
+        for line in known
+    ]
+    used = [any(s in line.lost for line in known) for s in SCHEDULERS]
+    titles = ["trained", "speedup" if equal_time else "quantized", "epsilon", "full precision, %", *SCHEDULERS]
+    keep = [True] * 4 + used
+    cut = [[cell for cell, kept in zip(row, keep, strict=True) if kept] for row in [titles, *rows]]
+    return table(cut[0], cut[1:], range(3, len(cut[0]))) if rows else ""
