@@ -11,6 +11,8 @@ from dpquant.modelled import ModelledRun
 from emulation.errors import InputError, suggestion
 from hwmodels import planner
 
+_ROUNDING = 1e-9  # more than it moves sums of seconds by
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
@@ -103,14 +105,14 @@ class Goal:
             return modelled.fraction(order, self._share(modelled, steps, steps_done))
         target = self.target_speedup
         if self.scheduler == "cooldown" and (pace := self._pace(modelled, steps)) is not None:
-            target = pace
+            target = pace * (1 - _ROUNDING)
         elif self.scheduler in ("annealed", "cooldown", "delayed"):
             # as if the epochs that come after were over, all of them in full precision, or all of them quantized
             after = modelled.steps - steps
             others = modelled.reach().plan if self.scheduler == "delayed" else {}
             seconds_done += after * modelled.estimate(others).step_s
             steps, steps_done = modelled.steps, steps_done + after
-            target *= 1 - 1e-9  # more than rounding moves sums of seconds by
+            target *= 1 - _ROUNDING
         return modelled.meet(order, target, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
 
     def _pace(self, modelled: ModelledRun, steps: int) -> float | None:

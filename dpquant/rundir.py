@@ -24,10 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from emulation.errors import InputError, regular_file, suggestion
-from hwmodels.strict_yaml import load_yaml
+from hwmodels.strict_yaml import dump_yaml, load_yaml
 
 _CHECKPOINT_MAGIC = b"dpquant-checkpoint-1"
 _DEPENDENCIES = ("dpquant", "torch", "opacus", "qtorch", "numpy", "pyyaml", "rich")
@@ -192,7 +190,7 @@ class RunFolder:
         folder = cls(path, uuid.uuid4().hex, take_lock(path))
         if (path / "run.json").exists():  # another process was quicker between the look and the lock
             raise InputError(f"run folder '{path}' is not empty: it holds 'run.json'")
-        write_atomic(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False).encode())
+        write_atomic(path / "config.yaml", dump_yaml(_plain(config)).encode())
         start = {"schema": 1, "run_id": folder.run_id, "facts": _plain(facts), "versions": versions()}
         write_atomic(path / "run.json", (dumps_strict(start, indent=2) + "\n").encode())
         return folder

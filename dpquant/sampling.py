@@ -138,7 +138,8 @@ def private_loader(
     if max_physical_batch_size is not None:
         batches = BatchSplittingSampler(sampler=sampler, max_batch_size=max_physical_batch_size, optimizer=optimizer)
     keyed: Callable[[Any], Any] = _Collate(collate, on_batch)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=keyed)
+    # a loader draws a seed for workers that this one has not, by default from the global generator
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=keyed, generator=torch.Generator())
 
 
 def _shapes(item: Sequence[Any]) -> list[tuple[int, ...]]:

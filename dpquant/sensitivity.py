@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dpquant.prefix import SharedPrefix
 from dpquant.privacy import PrivacyEvent
+from dpquant.streams import GLOBAL_RANDOM
 from emulation import layers
 from emulation.errors import InputError, suggestion
 
@@ -223,7 +224,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """Leaves every module's train/eval flag and the global random states of CPU and CUDA as they were before."""
     modes = {m: m.training for m in module.modules()}
     cuda = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda):
+    with GLOBAL_RANDOM, torch.random.fork_rng(devices=cuda):
         try:
             yield
         finally:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 
 import torch
+
+GLOBAL_RANDOM = threading.RLock()
+"""Held by whoever seeds or restores torch's one global generator: runs may train in threads side by side."""
 
 
 def fresh_root() -> int:

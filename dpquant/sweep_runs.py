@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpquant.config import load_config
 from dpquant.rundir import EpochRecord, RunFolder, take_lock, versions, write_atomic
+from dpquant.streams import GLOBAL_RANDOM
 from dpquant.sweep import Sweep, SweepRun
 from dpquant.sweep_results import RESULTS, SweepResult, append_result, read_results, write_results
 from emulation.errors import InputError
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from dpquant.engine import DPQuantEngine
 
 BACKENDS = ("loky", "threading", "dask", "ray")
-
-# Preparing seeds torch's one global generator for the initial weights; training draws from generators of its own.
-_PREPARING = threading.Lock()
 
 
 def train_sweep(
@@ -184,7 +181,7 @@ def _measured(run: SweepRun, path: Path, deadline: float) -> dict[str, Any]:
                 raise InputError(f"run folder '{path}' holds a run of another configuration")
             folder = held.enter_context(RunFolder.resume(path))
             state = folder.load_checkpoint(map_location="cpu")
-        with _PREPARING:
+        with GLOBAL_RANDOM:  # for the initial weights; training draws from generators of its own
             training = prepare(run.config, root=state["engine"]["root"] if state is not None else None)
         if folder is None:
             _clear_unstarted(path)

@@ -147,6 +147,18 @@ def parse_yaml(text: str, *, file: str = "<text>") -> Document:
     return Document(file=file, data=data, lines=builder.lines, problems=tuple(builder.problems))
 
 
+class _Writer(yaml.SafeDumper):
+    """Quotes the texts that this module would read as numbers; PyYAML alone leaves ``1e5`` bare."""
+
+
+_Writer.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that :func:`parse_yaml` reads back the same, in the order given."""
+    return str(yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True))
+
+
 def _line(event: Any) -> int:
     line: int = event.start_mark.line + 1
     return line

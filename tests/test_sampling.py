@@ -118,6 +118,13 @@ def test_the_end_is_told_however_it_comes() -> None:
     assert inside == [True, False]
 
 
+def test_a_loader_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    loader, ids, _, _ = make(tensors(50), 0.5, range(3))
+    assert len(list(loader)) == len(ids) == 3
+    assert torch.equal(torch.get_rng_state(), before)  # other runs of this process may be drawing their weights
+
+
 def test_workers_are_refused() -> None:
     loader = DataLoader(tensors(10), batch_size=2, num_workers=1)
     with pytest.raises(InputError, match="num_workers=1"):

@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from dpquant.sensitivity import (
     loss_differences,
     release,
     smooth,
+    undisturbed,
 )
+from dpquant.streams import GLOBAL_RANDOM
 from emulation.errors import InputError
 from emulation.layers import PRESETS, quantizable_layers, quantize_model, set_plan, set_rounding
 
@@ -271,6 +274,20 @@ def test_smoothing_is_an_exponential_moving_average():
     assert first == {"a": 1.0, "b": 2.0}
     assert second == {"a": 1.5, "b": 1.5}
     assert smooth(first, {"a": 5.0, "b": 6.0}, 0.0) == {"a": 5.0, "b": 6.0}
+
+
+def test_who_restores_the_global_generator_keeps_others_from_it():
+    def free():
+        taken = GLOBAL_RANDOM.acquire(blocking=False)
+        if taken:
+            GLOBAL_RANDOM.release()
+        return taken
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(free).result()
+        with undisturbed(nn.Linear(1, 1)):
+            assert not other.submit(free).result()
+        assert other.submit(free).result()
 
 
 # --- settings

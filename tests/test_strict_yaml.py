@@ -22,6 +22,7 @@ from hwmodels.strict_yaml import (
     Document,
     InputErrors,
     dotted,
+    dump_yaml,
     load_yaml,
     parse_yaml,
     raise_all,
@@ -232,8 +233,12 @@ def test_json_is_read_as_json_reads_it(data: Any) -> None:
 
 @given(PLAIN)
 def test_what_yaml_writes_is_read_back(data: Any) -> None:
-    text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
-    assert json.dumps(parse_yaml(text).data) == json.dumps(data)
+    assert json.dumps(parse_yaml(dump_yaml(data)).data) == json.dumps(data)
+
+
+@pytest.mark.parametrize("text", ["0E0", "1e5", "-3E+7", "1.", ".5", "12", "true", "null", "~", "", "1e5x"])
+def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
+    assert parse_yaml(dump_yaml({"root": text})).data == {"root": text}
 
 
 def outcome(read: Callable[[], Document]) -> Document | InputError:
