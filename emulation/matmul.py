@@ -33,28 +33,28 @@ def matmul(
     b_scale: Tensor | None = None,
     scale_format: str | Format | None = None,
 ) -> Tensor:
-    """The product of two matrices as a matrix unit computes it, bit for bit, in float32; no gradient flows.
+    """The product of two matrices, or of B pairs of them, as a matrix unit computes it, bit for bit; no gradient flows.
 
     Long K is one chain of steps from its first product to its last; the last group may be short. On CUDA a Triton
     kernel does it where Triton is installed and neither operand has infinities or NaNs; all other cases run as torch
     operations, with the same bits. Memory beyond the operands: about four times their float32 size, and some MiB.
 
     Args:
-        a: [M, K], values of ``a_format``.
-        b: [K, N], values of ``b_format``.
+        a: [M, K] or [B, M, K], values of ``a_format``.
+        b: [K, N] or [B, K, N], values of ``b_format``.
         unit: the unit's name, or a row of one's own.
         a_format: format of ``a``; of a block format its elements. ``tfloat32`` takes any float32 and cuts it to
             10 mantissa bits, as the units do.
         b_format: format of ``b``; None: that of ``a``.
         accumulation: ``fast``, or ``precise`` (Hopper FP8: chains of 128 added in float32, as cuBLAS does unless asked
             for fast accumulation).
-        a_scale: [M, ceil(K / block)] values of ``scale_format``: block scales; block is 32 for ``float8_e8m0fnu`` and
-            16 for ``float8_e4m3fn``, whose signs are ignored, as the units do.
-        b_scale: [ceil(K / block), N], likewise.
+        a_scale: [..., M, ceil(K / block)] values of ``scale_format``: block scales; block is 32 for ``float8_e8m0fnu``
+            and 16 for ``float8_e4m3fn``, whose signs are ignored, as the units do.
+        b_scale: [..., ceil(K / block), N], likewise.
         scale_format: format of both; None: that of ``a_format`` if it is a block format with blocks.
 
     Returns:
-        [M, N] float32; NaN is 0x7FFFFFFF.
+        [M, N] or [B, M, N] float32; NaN is 0x7FFFFFFF.
 
     Raises:
         InputError: unknown names, shapes that do not fit, values that are not on their format's grid.
@@ -72,21 +72,21 @@ def matmul(
     if scale is not None:
         assert a_scale is not None
         assert b_scale is not None
-        blocks = -(-a.shape[1] // block)
-        a_scale = _scales("a_scale", a_scale, (a.shape[0], blocks), scale, a.device)
-        b_scale = _scales("b_scale", b_scale, (blocks, b.shape[1]), scale, a.device)
+        blocks = -(-a.shape[-1] // block)
+        a_scale = _scales("a_scale", a_scale, (*a.shape[:-1], blocks), scale, a.device)
+        b_scale = _scales("b_scale", b_scale, (*b.shape[:-2], blocks, b.shape[-1]), scale, a.device)
     if row.arithmetic == "plain":
         if a_scale is not None and b_scale is not None:
-            a = a * a_scale.repeat_interleave(block, 1)[:, : a.shape[1]]
-            b = b * b_scale.repeat_interleave(block, 0)[: b.shape[0]]
+            a = a * a_scale.repeat_interleave(block, -1)[..., : a.shape[-1]]
+            b = b * b_scale.repeat_interleave(block, -2)[..., : b.shape[-2], :]
         return a @ b
     specials = not (bool(a.isfinite().all()) and bool(b.isfinite().all()))
-    left = matmul_torch.operand(a.t(), element_a, keep_specials=specials)
-    right = matmul_torch.operand(b, element_b, keep_specials=specials)
+    left = matmul_torch.operand(a.movedim(-1, 0), element_a, keep_specials=specials)
+    right = matmul_torch.operand(b.movedim(-2, 0), element_b, keep_specials=specials)
     if scale is not None and a_scale is not None and b_scale is not None:
         fold = row.arithmetic == "block_scaled"
-        left = matmul_torch.with_scales(left, a_scale.t(), scale, block=block, fold=fold)
-        right = matmul_torch.with_scales(right, b_scale, scale, block=block, fold=fold)
+        left = matmul_torch.with_scales(left, a_scale.movedim(-1, 0), scale, block=block, fold=fold)
+        right = matmul_torch.with_scales(right, b_scale.movedim(-2, 0), scale, block=block, fold=fold)
     if left.values.is_cuda and find_spec("triton") is not None:
         from emulation import matmul_triton  # imports Triton, which a machine without CUDA may not have
 
@@ -121,19 +121,20 @@ def _scale_format(
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:
     for name, x in (("a", a), ("b", b)):
-        if x.dim() != 2 or not x.dtype.is_floating_point:
+        if x.dim() not in (2, 3) or not x.dtype.is_floating_point:
             raise InputError(
-                f"{name} of shape {tuple(x.shape)} and dtype {x.dtype}", hint="a matrix of floats is needed"
+                f"{name} of shape {tuple(x.shape)} and dtype {x.dtype}", hint="a matrix of floats, or a batch of them"
             )
-    if a.shape[1] != b.shape[0]:
-        raise InputError(f"a.shape={tuple(a.shape)} with b.shape={tuple(b.shape)}", hint="[M, K] and [K, N] are needed")
+    if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+        hint = "[M, K] and [K, N] are needed, or [B, M, K] and [B, K, N]"
+        raise InputError(f"a.shape={tuple(a.shape)} with b.shape={tuple(b.shape)}", hint=hint)
     if a.is_meta:
         raise InputError("a.device='meta'", hint="a product needs values")
     if a.device != b.device:
         raise InputError(f"a.device={str(a.device)!r} with b.device={str(b.device)!r}", hint="move one of them")
 
 
-def _scales(name: str, scale: Tensor, shape: tuple[int, int], fmt: NumberFormat, device: torch.device) -> Tensor:
+def _scales(name: str, scale: Tensor, shape: tuple[int, ...], fmt: NumberFormat, device: torch.device) -> Tensor:
     if tuple(scale.shape) != shape or not scale.dtype.is_floating_point or scale.device != device:
         raise InputError(
             f"{name} of shape {tuple(scale.shape)}, dtype {scale.dtype} on {str(scale.device)!r}",

@@ -7,6 +7,7 @@ int32 and float64 integers below 2^53; powers of two are built from bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,16 +23,16 @@ TILE = 1 << 18  # products held at a time per thread: 1 MiB of float32, what the
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Operand:
-    """One operand of a product, K first, taken apart for alignment.
+    """One operand of a product, or of a batch of them, K first, taken apart for alignment.
 
     Attributes:
-        values: [K, rows] float32, infinities and NaNs replaced by zeros; in a unit that scales sums, times the
-            significands of the scales.
-        exponents: [K, rows] int16, of the values; ZERO_EXPONENT where the value is zero.
-        specials: [K, rows] float32, the infinities and NaNs, and the signs (0, 1, -1) of all other values; None where
+        values: [K, rows] or [K, B, rows] float32, infinities and NaNs replaced by zeros; in a unit that scales sums,
+            times the significands of the scales.
+        exponents: int16, of the values; ZERO_EXPONENT where the value is zero.
+        specials: float32, the infinities and NaNs, and the signs (0, 1, -1) of all other values; None where
             neither operand has infinities or NaNs.
-        scale_exponents: [blocks, rows] int32; None without scales.
-        scale_specials: [blocks, rows] float32, NaN where the scale is, else 0; None where no scale is NaN.
+        scale_exponents: [blocks, ..., rows] int32; None without scales.
+        scale_specials: [blocks, ..., rows] float32, NaN where the scale is, else 0; None where no scale is NaN.
         block: consecutive values that share one scale; 0 without scales.
         lowest, highest: the range of the exponents of the values that are not zero.
         wide: whether values or scales have 8-bit exponents, so that results can leave float32's normal range.
@@ -47,20 +48,21 @@ class Operand:
     highest: int
     wide: bool
 
-    def rows(self, part: slice) -> Operand:
-        """The operand with some of its rows."""
+    def part(self, *where: slice) -> Operand:
+        """The operand with some of its batch and of its rows."""
+        at = (slice(None), *where)
         return replace(
             self,
-            values=self.values[:, part],
-            exponents=self.exponents[:, part],
-            specials=None if self.specials is None else self.specials[:, part],
-            scale_exponents=None if self.scale_exponents is None else self.scale_exponents[:, part],
-            scale_specials=None if self.scale_specials is None else self.scale_specials[:, part],
+            values=self.values[at],
+            exponents=self.exponents[at],
+            specials=None if self.specials is None else self.specials[at],
+            scale_exponents=None if self.scale_exponents is None else self.scale_exponents[at],
+            scale_specials=None if self.scale_specials is None else self.scale_specials[at],
         )
 
 
 def operand(values: Tensor, fmt: NumberFormat, *, keep_specials: bool) -> Operand:
-    """Take [K, rows] float32 values of ``fmt`` apart; ``keep_specials`` where either operand has infinities or NaNs."""
+    """Take [K, ..., rows] float32 values of ``fmt`` apart; ``keep_specials`` where either has infinities or NaNs."""
     specials = None
     if keep_specials:
         finite = values.isfinite()
@@ -89,7 +91,7 @@ def with_scales(element: Operand, scale: Tensor, fmt: NumberFormat, *, block: in
 
     Args:
         element: the operand.
-        scale: [blocks, rows] float32 values of ``fmt``; signs are ignored.
+        scale: [blocks, ..., rows] float32 values of ``fmt``; signs are ignored.
         fmt: their format.
         block: consecutive values that share one scale.
         fold: multiply the values by the scales' significands (exact for values of 2 and scales of 4 bits).
@@ -135,32 +137,31 @@ def _cut_to_float32(total: Tensor, exponent: Tensor, result_bits: int, *, wide: 
 
 
 class _Tile:
-    """One tile of the result, [m, n], and the buffers that its steps share."""
+    """One tile of the result, [..., m, n], and the buffers that its steps share."""
 
     def __init__(self, left: Operand, right: Operand, unit: MatrixUnit, buffers: tuple[Tensor, Tensor, Tensor]) -> None:
         self.left, self.right, self.unit = left, right, unit
-        self.shape = left.values.shape[1], right.values.shape[1]
+        self.shape = (*left.values.shape[1:], right.values.shape[-1])
         self.wide = left.wide or right.wide
         self._products, self._integers, self._exponents = buffers
 
     def _view(self, buffer: Tensor, terms: int) -> Tensor:
-        m, n = self.shape
-        return buffer[: terms * m * n].view(terms, m, n)
+        return buffer[: terms * math.prod(self.shape)].view(terms, *self.shape)
 
     def top_exponent(self, part: slice) -> Tensor:
-        """The largest exponent of the products of ``part`` of K, int32 [m, n]."""
-        a, b = self.left.exponents[part].unsqueeze(2), self.right.exponents[part].unsqueeze(1)
+        """The largest exponent of the products of ``part`` of K, int32 [..., m, n]."""
+        a, b = self.left.exponents[part].unsqueeze(-1), self.right.exponents[part].unsqueeze(-2)
         sums = torch.add(a, b, out=self._view(self._exponents, len(a)))
         return sums.amax(0).to(torch.int32)
 
     def products(self, part: slice) -> Tensor:
-        """The exact products of ``part`` of K in the working type, [terms, m, n]."""
+        """The exact products of ``part`` of K in the working type, [terms, ..., m, n]."""
         dtype = self._products.dtype
-        a, b = self.left.values[part].unsqueeze(2), self.right.values[part].unsqueeze(1)
+        a, b = self.left.values[part].unsqueeze(-1), self.right.values[part].unsqueeze(-2)
         return torch.mul(a.to(dtype), b.to(dtype), out=self._view(self._products, len(a)))
 
     def cut_sum(self, part: slice, shift: Tensor) -> Tensor:
-        """The sum of trunc(product * 2^shift) over ``part`` of K, as float64 integers [m, n]."""
+        """The sum of trunc(product * 2^shift) over ``part`` of K, as float64 integers [..., m, n]."""
         products = self.products(part)
         integers = self._view(self._integers, len(products))
         integers.copy_(products.mul_(power_of_two(shift, products.dtype)))
@@ -172,11 +173,11 @@ class _Tile:
         return total
 
     def scale_exponent(self, k: int) -> Tensor:
-        """The exponents of the scales of the block that holds ``k``, int32 [m, n]."""
+        """The exponents of the scales of the block that holds ``k``, int32 [..., m, n]."""
         assert self.left.scale_exponents is not None
         assert self.right.scale_exponents is not None
         block = k // self.left.block
-        return self.left.scale_exponents[block].unsqueeze(1) + self.right.scale_exponents[block]
+        return self.left.scale_exponents[block].unsqueeze(-1) + self.right.scale_exponents[block].unsqueeze(-2)
 
     def step(self, c: Tensor, part: slice) -> Tensor:
         """The accumulator after the products of ``part`` of K, infinities and NaNs included."""
@@ -192,8 +193,8 @@ class _Tile:
         total = None
         a, b = self.left.specials, self.right.specials
         if a is not None and b is not None:
-            total = a[part].t() @ b[part]
-        for nan, axis in ((self.left.scale_specials, 1), (self.right.scale_specials, 0)):
+            total = _plain(a[part], b[part])
+        for nan, axis in ((self.left.scale_specials, -1), (self.right.scale_specials, -2)):
             if nan is not None:
                 blocks = slice(part.start // self.left.block, -(-part.stop // self.left.block))
                 row = nan[blocks].sum(0).unsqueeze(axis).expand(self.shape)
@@ -203,6 +204,11 @@ class _Tile:
             infinite = torch.where(products.abs() >= 2.0**128, products.sign() * torch.inf, 0.0).sum(0).float()
             total = infinite if total is None else total + infinite
         return total
+
+
+def _plain(a: Tensor, b: Tensor) -> Tensor:
+    """torch's own product of [K, ..., m] and [K, ..., n]."""
+    return a.movedim(0, -1) @ b.movedim(0, -2)
 
 
 def _accumulator_exponent(c: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def _block_scaled(tile: _Tile, c: Tensor, part: slice) -> Tensor:
     for k, exponent in zip(starts, exponents, strict=True):
         ks = slice(k, min(k + 16, part.stop))
         # at most 19 bits from end to end, so that no order of adding and no tensor-core mode can round
-        exact = tile.left.values[ks].t() @ tile.right.values[ks]
+        exact = _plain(tile.left.values[ks], tile.right.values[ks])
         total += (exact * power_of_two(exponent.add_(shift))).to(torch.int64)
     return _cut_to_float32(total, shift.neg_(), unit.result_bits, wide=tile.wide)
 
@@ -294,30 +300,34 @@ def fits_float32(left: Operand, right: Operand) -> bool:
 
 
 def chained_product(left: Operand, right: Operand, unit: MatrixUnit) -> Tensor:
-    """The product [M, N] of two operands [K, M] and [K, N], tile by tile; NaN as 0x7FFFFFFF."""
-    m, n = left.values.shape[1], right.values.shape[1]
+    """The product [..., M, N] of two operands [K, ..., M] and [K, ..., N], tile by tile; NaN as 0x7FFFFFFF."""
+    *batch, m = left.values.shape[1:]
+    n = right.values.shape[-1]
     if n < m and n < 256:  # long rows are fast; all that is done is symmetric in the operands
-        return chained_product(right, left, unit).t().contiguous()
+        return chained_product(right, left, unit).mT.contiguous()
     device = left.values.device
-    out = torch.zeros(m, n, dtype=torch.float32, device=device)
+    out = torch.zeros(*batch, m, n, dtype=torch.float32, device=device)
     terms = 1 if unit.arithmetic == "block_scaled" else min(unit.group, left.values.shape[0])
     if out.numel() == 0 or terms == 0:
         return out
     tile = TILE * (torch.get_num_threads() if device.type == "cpu" else 64) // (8 if terms == 1 else terms)
     columns = min(n, 512)
     rows = min(m, max(1, tile // columns))
-    size = 0 if unit.arithmetic == "block_scaled" else terms * rows * columns
+    pairs = min(math.prod(batch), max(1, tile // (rows * columns)))  # of a batch, at a time
+    size = 0 if unit.arithmetic == "block_scaled" else terms * pairs * rows * columns
     dtype = torch.float32 if fits_float32(left, right) else torch.float64
     buffers = (
         torch.empty(size, dtype=dtype, device=device),
         torch.empty(size, dtype=torch.int32, device=device),
         torch.empty(size, dtype=torch.int16, device=device),
     )
-    for i in range(0, m, rows):
-        upper = left.rows(slice(i, i + rows))
-        for j in range(0, n, columns):
-            part = _Tile(upper, right.rows(slice(j, j + columns)), unit, buffers)
-            out[i : i + rows, j : j + columns] = _runs(part)
+    batches = [(slice(b, b + pairs),) for b in range(0, batch[0], pairs)] if batch else [()]
+    for own in batches:
+        for i in range(0, m, rows):
+            upper = left.part(*own, slice(i, i + rows))
+            for j in range(0, n, columns):
+                right_part = right.part(*own, slice(j, j + columns))
+                out[(*own, slice(i, i + rows), slice(j, j + columns))] = _runs(_Tile(upper, right_part, unit, buffers))
     return canonical_nan(out)
 
 

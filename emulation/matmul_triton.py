@@ -1,14 +1,16 @@
 """The arithmetic of matrix units as Triton kernels: the same bits as ``emulation.matmul_torch``, on CUDA.
 
-Each program owns one tile of the result and walks over K. A step reads its operands twice: once for the largest
-exponent, once for the products, which are cut by conversion to int32. Importing this module imports Triton; a kernel is
-compiled at its first use for a unit (seconds) and cached by Triton on disk.
+Each program owns one tile of one product of the batch and walks over K. A step reads its operands twice: once for the
+largest exponent, once for the products, which are cut by conversion to int32. Importing this module imports Triton; a
+kernel is compiled at its first use for a unit (seconds) and cached by Triton on disk.
 """
 
 # Triton reads the annotations of kernels as code: theirs are for compile-time constants alone.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +34,17 @@ def takes(left: Operand, right: Operand, unit: MatrixUnit) -> bool:
 
 
 def chained_product(left: Operand, right: Operand, unit: MatrixUnit) -> Tensor:
-    """The product [M, N] of two operands [K, M] and [K, N] of finite values on a CUDA device."""
-    (k, m), n = left.values.shape, right.values.shape[1]
-    out = torch.zeros(m, n, dtype=torch.float32, device=left.values.device)
+    """The product [..., M, N] of two operands [K, ..., M] and [K, ..., N] of finite values on a CUDA device."""
+    k, *batch, m = left.values.shape
+    n = right.values.shape[-1]
+    out = torch.zeros(*batch, m, n, dtype=torch.float32, device=left.values.device)
     if out.numel() == 0 or k == 0:
         return out
     padded = -(-k // unit.group) * unit.group
     sums = unit.arithmetic == "block_scaled"
     rows, columns, warps = TILES["block_scaled" if sums else "chained"]
-    grid = (triton.cdiv(m, rows), triton.cdiv(n, columns))
+    pairs = math.prod(batch)
+    grid = (pairs * triton.cdiv(m, rows), triton.cdiv(n, columns))
     values = [_pad(x.values, padded, 0.0) for x in (left, right)]
     exponents = [_pad(x.exponents, padded, ZERO_EXPONENT) for x in (left, right)]
     scales = exponents  # not read where there are none
@@ -60,7 +64,7 @@ def chained_product(left: Operand, right: Operand, unit: MatrixUnit) -> Tensor:
     with torch.cuda.device_of(out):
         if sums:
             values = [x.half() for x in values]  # at most 6 significant bits between 2^-4 and 12: exact
-            _block_scaled[grid](*values, *scales, out, m, n, padded, **constants)
+            _block_scaled[grid](*values, *scales, out, m, n, pairs, padded, **constants)
         else:
             _chained[grid](
                 *values,
@@ -69,6 +73,7 @@ def chained_product(left: Operand, right: Operand, unit: MatrixUnit) -> Tensor:
                 out,
                 m,
                 n,
+                pairs,
                 padded,
                 RUN=unit.run or 0,
                 LANES={"truncated": 0, "floored": 1, "floored_lanes": 2}[unit.arithmetic],
@@ -81,7 +86,24 @@ def chained_product(left: Operand, right: Operand, unit: MatrixUnit) -> Tensor:
 
 def _pad(x: Tensor, length: int, value: float) -> Tensor:
     x = x.contiguous()
-    return x if len(x) == length else F.pad(x, (0, 0, 0, length - len(x)), value=value)
+    return x if len(x) == length else F.pad(x, (0, 0) * (x.dim() - 1) + (0, length - len(x)), value=value)
+
+
+@triton.jit
+def _tile(m, n, pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which pair of the batch a program works on, its rows and columns there, and what one step along K skips."""
+    tiles = tl.cdiv(m, ROWS)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    i = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    return pair, i, j, tl.cast(m, tl.int64) * pairs, tl.cast(n, tl.int64) * pairs
+
+
+@triton.jit
+def _store(out, value, pair, own_i, own_j, m, n):
+    inside = (own_i < m)[:, None] & (own_j < n)[None, :]
+    row = pair * m + own_i
+    tl.store(out + row[:, None] * n + own_j[None, :], value, mask=inside)
 
 
 @triton.jit
@@ -151,19 +173,17 @@ def _cut_sum(
     return total.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=("m", "n", "length"))  # one compilation for all shapes
+@triton.jit(do_not_specialize=("rows", "columns", "pairs", "length"))  # one compilation for all shapes
 def _chained(
-    a, b, ae, be, sa, sb, out, m, n, length,
+    a, b, ae, be, sa, sb, out, rows, columns, pairs, length,
     GROUP: tl.constexpr, FRACTION_BITS: tl.constexpr, RESULT_BITS: tl.constexpr, RUN: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, DOUBLE: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Chains of ``truncated`` steps (LANES 0) or ``floored`` ones with 1 or 2 lanes; sums of chains where RUN > 0."""
-    own_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own_j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    pair, own_i, own_j, m, n = _tile(rows, columns, pairs, ROWS, COLUMNS)
     # rows beyond the end do the last one's work again: no masks in the loops
-    i, j = tl.minimum(own_i, m - 1), tl.minimum(own_j, n - 1)
-    m, n = tl.cast(m, tl.int64), tl.cast(n, tl.int64)
+    i, j = pair * rows + tl.minimum(own_i, rows - 1), pair * columns + tl.minimum(own_j, columns - 1)
     c = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     result = c
     for start in range(0, length, GROUP):
@@ -216,21 +236,18 @@ def _chained(
                 c = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if RUN == 0:
         result = c
-    inside = (own_i < m)[:, None] & (own_j < n)[None, :]
-    tl.store(out + own_i[:, None] * n + own_j[None, :], result, mask=inside)
+    _store(out, result, pair, own_i, own_j, rows, columns)
 
 
-@triton.jit(do_not_specialize=("m", "n", "length"))
+@triton.jit(do_not_specialize=("rows", "columns", "pairs", "length"))
 def _block_scaled(
-    a, b, sa, sb, out, m, n, length,
+    a, b, sa, sb, out, rows, columns, pairs, length,
     GROUP: tl.constexpr, FRACTION_BITS: tl.constexpr, RESULT_BITS: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Chains of ``block_scaled`` steps: sums of 16 products from the tensor cores, exact in any of their modes."""
-    own_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own_j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    i, j = tl.minimum(own_i, m - 1), tl.minimum(own_j, n - 1)
-    m, n = tl.cast(m, tl.int64), tl.cast(n, tl.int64)
+    pair, own_i, own_j, m, n = _tile(rows, columns, pairs, ROWS, COLUMNS)
+    i, j = pair * rows + tl.minimum(own_i, rows - 1), pair * columns + tl.minimum(own_j, columns - 1)
     terms = tl.arange(0, 16)
     c = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, length, GROUP):
@@ -256,5 +273,4 @@ def _block_scaled(
         if WIDE:
             new = tl.where(tl.abs(c) == float("inf"), c, new)
         c = new
-    inside = (own_i < m)[:, None] & (own_j < n)[None, :]
-    tl.store(out + own_i[:, None] * n + own_j[None, :], c, mask=inside)
+    _store(out, c, pair, own_i, own_j, rows, columns)

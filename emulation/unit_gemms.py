@@ -247,19 +247,17 @@ def example_gradients(precision: LayerPrecision, unit: str, plain: WeightGradien
     if precision.blocks and plain.reduction == 1:  # a product of two numbers is no sum: nothing is accumulated
         return precision.weight_gradient(plain.x, plain.grad_output, plain.weight, plain.conv, keys).per_example()
     g, x = (_columns(precision, role, plain, keys) for role in (G_WEIGHT, X_WEIGHT))
-    result = g.elements.new_empty(len(g.elements), g.elements.shape[2], x.elements.shape[2])
-    for i in range(len(result)):
-        product = matmul(
-            g.elements[i].t(),
-            x.elements[i],
-            unit,
-            g.quantizer.element,
-            x.quantizer.element,
-            a_scale=None if g.scale is None else g.scale[i].t(),
-            b_scale=None if x.scale is None else x.scale[i],
-            scale_format=_block_scale(g.quantizer),
-        )
-        result[i] = product * (g.factor[i] * x.factor[i])
+    result = matmul(
+        g.elements.mT,
+        x.elements,
+        unit,
+        g.quantizer.element,
+        x.quantizer.element,
+        a_scale=None if g.scale is None else g.scale.mT,
+        b_scale=x.scale,
+        scale_format=_block_scale(g.quantizer),
+    )
+    result *= (g.factor * x.factor)[:, None, None]
     return result.reshape(plain.batch_size, *plain.weight.shape).to(plain.grad_output.dtype)
 
 

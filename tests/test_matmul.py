@@ -407,22 +407,59 @@ def test_cuda_gives_the_bits_of_the_cpu(unit, a_format, b_format, scale_format, 
         _compare_devices(unit, a_format, b_format, scale_format, run, kind)
 
 
-def _compare_devices(unit, a_format, b_format, scale_format, run, kind):
+def _operands(a_format, b_format, scale_format, kind, shape, pairs=()):
+    """``a``, ``b`` and the scales' arguments of a product of this shape (M, N, K), or of a batch of them."""
     rng = np.random.default_rng(7)
-    m, n, k = 70, 130, 330
-    a, b = torch.from_numpy(draw(a_format, (m, k), kind, rng)), torch.from_numpy(draw(b_format, (n, k), kind, rng)).t()
-    scales = {}
-    if scale_format is not None:
-        fmt = FORMATS[scale_format]
-        blocks = -(-k // (32 if fmt.kind == "exponent" else 16))
-        values = torch.from_numpy(GRIDS[scale_format]).float()
-        values = values[torch.argsort((values.abs().log2() - 1).abs())[: 11 if kind == "normal" else None]]
-        s, t = (
-            values[torch.from_numpy(rng.integers(0, len(values) - 1, shape))] for shape in ((m, blocks), (blocks, n))
-        )
-        scales = {"a_scale": s, "b_scale": t, "scale_format": scale_format}
+    m, n, k = shape
+    a = torch.from_numpy(draw(a_format, (*pairs, m, k), kind, rng))
+    b = torch.from_numpy(draw(b_format, (*pairs, n, k), kind, rng)).mT
+    if scale_format is None:
+        return a, b, {}
+    fmt = FORMATS[scale_format]
+    blocks = -(-k // (32 if fmt.kind == "exponent" else 16))
+    values = torch.from_numpy(GRIDS[scale_format]).float()
+    values = values[torch.argsort((values.abs().log2() - 1).abs())[: 11 if kind == "normal" else None]]
+    s, t = (
+        values[torch.from_numpy(rng.integers(0, len(values) - (kind != "specials"), (*pairs, *shape)))]
+        for shape in ((m, blocks), (blocks, n))
+    )
+    return a, b, {"a_scale": s, "b_scale": t, "scale_format": scale_format}
+
+
+@pytest.mark.parametrize(
+    ("unit", "a_format", "b_format", "scale_format", "run"),
+    [(*case[:3], None, case[3].run) for case in TRUNCATED] + [("blackwell", *case[:3], None) for case in SCALED],
+)
+@pytest.mark.parametrize("shape", [(5, 3, 150), (40, 300, 70)])
+def test_a_batch_is_its_products_one_by_one(monkeypatch, unit, a_format, b_format, scale_format, run, shape):
     mode = "fast" if run is None else "precise"
-    expected = matmul(a, b, unit, a_format, b_format, mode, **scales)
-    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in scales.items()}
-    got = matmul(a.cuda(), b.cuda(), unit, a_format, b_format, mode, **moved)
-    np.testing.assert_array_equal(bits(got.cpu()), bits(expected))
+    monkeypatch.setattr(arithmetic, "TILE", 1 << 14)  # several pairs of the small shape a tile, parts of the large one
+    for kind in ("normal", "specials"):
+        a, b, scales = _operands(a_format, b_format, scale_format, kind, shape, pairs=(7,))
+        together = matmul(a, b, unit, a_format, b_format, mode, **scales)
+        assert together.shape == (7, *shape[:2])
+        for i in range(7):
+            own = {name: x[i] if isinstance(x, torch.Tensor) else x for name, x in scales.items()}
+            alone = matmul(a[i], b[i], unit, a_format, b_format, mode, **own)
+            np.testing.assert_array_equal(bits(together[i]), bits(alone))
+
+
+def test_batches_that_do_not_fit_are_refused():
+    a, b = torch.ones(2, 3, 4), torch.ones(3, 4, 5)
+    with pytest.raises(InputError, match=r"a.shape=\(2, 3, 4\) with b.shape=\(3, 4, 5\)"):
+        matmul(a, b)
+    with pytest.raises(InputError, match=r"a.shape=\(2, 3, 4\) with b.shape=\(4, 5\)"):
+        matmul(a, b[0])
+    with pytest.raises(InputError, match=r"a of shape \(1, 2, 3, 4\)"):
+        matmul(a[None], b[None])
+    assert matmul(torch.ones(0, 3, 4), torch.ones(0, 4, 5)).shape == (0, 3, 5)
+
+
+def _compare_devices(unit, a_format, b_format, scale_format, run, kind):
+    for shape, pairs in (((70, 130, 330), ()), ((20, 70, 50), (5,))):
+        a, b, scales = _operands(a_format, b_format, scale_format, kind, shape, pairs)
+        mode = "fast" if run is None else "precise"
+        expected = matmul(a, b, unit, a_format, b_format, mode, **scales)
+        moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in scales.items()}
+        got = matmul(a.cuda(), b.cuda(), unit, a_format, b_format, mode, **moved)
+        np.testing.assert_array_equal(bits(got.cpu()), bits(expected))
