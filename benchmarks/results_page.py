@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from evidence import chips, findings, glance, operand_tables, variance_tables
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
-from evidence.plots import Panel, dots
+from evidence.plots import Panel, dots, forest
 from evidence.sweep_tables import (
     TITLES,
     anchors,
@@ -118,6 +119,7 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         "## At a glance",
         "",
+        *(["![Schedulers against a fixed random choice](results/differences.svg)", ""] * ("differences.svg" in plots)),
         *_glance(found),
         "## Full precision against published figures",
         "",
@@ -129,7 +131,6 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         "Each row is one comparison averaged over all budgets and fractions of a sweep; a seed's average is one value.",
         "",
-        *(["![Schedulers against a fixed random choice](results/differences.svg)", ""] * ("differences.svg" in plots)),
         averages_table(found),
     ]
     if table_of_probes := probe_table(found):
@@ -239,6 +240,8 @@ def scheduler_plot(evidence: Evidence) -> str | None:
         series: dict[str, dict[str, Sample]] = {}
         for p in own:
             value = sample(list(evidence.accuracies(p).values()))
+            if value.n < findings.SEEDS:  # an interval that would dwarf all others
+                value = replace(value, low=None, high=None)
             if value.n and p["schedule.fraction"] is not None:
                 places = fractions if p["schedule.scheduler"] == "full" else [p["schedule.fraction"]]
                 series.setdefault(_series(p), {}).update({f"{f:g}": value for f in places})
@@ -249,16 +252,17 @@ def scheduler_plot(evidence: Evidence) -> str | None:
 
 
 def differences_plot(found: Mapping[str, Evidence]) -> str | None:
-    """What each scheduler gains on a fixed random choice, a panel per sweep with enough seeds."""
-    panels = []
-    for name, evidence in found.items():
-        if not name.endswith(("_main", "_time")):
+    """What each scheduler gains on a fixed random choice, wherever enough seeds were trained."""
+    groups: dict[str, dict[str, Sample]] = {}
+    for name in glance.SUBJECTS:
+        if name not in found:
             continue
-        averages = [(c.short, value) for c, value in scheduler_averages(evidence) if c.other == "static"]
-        series = {name: {"": value} for name, value in averages if value.low is not None}
-        if series:
-            panels.append(Panel(title=TITLES[name].removeprefix("Schedulers on "), places=[""], series=series))
-    return dots(panels, "points of test accuracy over static, a fixed random choice", zero=True) if panels else None
+        title = glance.SUBJECTS[name] + (", equal time" if glance.at_equal_time(found[name]) else "")
+        averages = [(c, value) for c, value in scheduler_averages(found[name]) if value.n >= findings.SEEDS]
+        lines = {c.short: value for c, value in averages if c.other == "static"}
+        if lines:
+            groups[title] = lines
+    return forest(groups, "points of test accuracy over static, a fixed random choice, 95 %") if groups else None
 
 
 def _series(settings: Settings) -> str:

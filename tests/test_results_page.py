@@ -268,3 +268,12 @@ def test_plots_show_interval_and_mean() -> None:
     assert svg.count("<circle") == 2  # the dot and the legend's
     assert 'stroke-width="1.4"' in svg
     assert "a &lt; b" in svg
+
+
+def test_a_forest_has_a_line_for_each_difference() -> None:
+    groups = {"one": {"pls": sample([0.01, 0.02]), "annealed": sample([0.03, 0.05])}, "two": {"pls": sample([-0.1, 0])}}
+    svg = plots.forest(groups, "points")
+    assert svg.count("<circle") == 3
+    assert svg.count('stroke-width="1.4"') == 3
+    assert svg.count('stroke="#1f2328"') == 1  # the rule at 0
+    assert svg.count(f'fill="{plots.COLOURS[0]}">pls</text>') == 2
