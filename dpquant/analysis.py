@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpquant.distributed import ALONE, Processes
-from dpquant.released import ReleasedMoments, combine, loss_impacts, squared_errors
+from dpquant.released import ReleasedMoments, combine, loss_impacts, relative, squared_errors
 from dpquant.sensitivity import AnalysisSettings, Policy, loss_differences, release
 from dpquant.training_probe import release_aggregate, training_differences
 
@@ -102,7 +102,8 @@ def estimate(
         expected_batch_size: of the training steps.
 
     Returns:
-        Sensitivities by policy name; None while nothing is known yet.
+        Sensitivities by policy name, in units of the loss; of released gradients alone, of the largest. None while
+        nothing is known yet.
     """
     seen = None if probed is None else dict(probed)
     if settings.estimator == "probe" or moments is None or moments.steps < 2:
@@ -115,4 +116,4 @@ def estimate(
         for fmt in formats
     }
     free = {name: impacts[fmt][layer] for name, policy in policies.items() for layer, fmt in policy.items()}
-    return free if seen is None else combine(seen, free)
+    return relative(free) if seen is None else combine(seen, free)

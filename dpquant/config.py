@@ -80,7 +80,12 @@ SPECIFICATION = Fields(
                 "target_speedup": Number(minimum=1, doc="modelled speedup of the whole run", required=False),
                 "fraction": Number(minimum=0, maximum=1, doc="share of the layers quantized", required=False),
                 "layers": Items(item=Text(), doc="of scheduler static: the layers quantized, by name", required=False),
-                "beta": Number(minimum=0, doc="the draw's weights are softmax(-beta * sensitivity)", required=False),
+                "beta": Number(
+                    minimum=0,
+                    doc="the draw's weights are softmax(-beta * sensitivity), in units of the loss, or with "
+                    "`analysis.estimator: released` of the largest",
+                    required=False,
+                ),
             }
         ),
         "training": Fields(

@@ -46,8 +46,9 @@ class DPQuantEngine:
             save most time), ``annealed`` (all layers in the first epochs, none in the last, as many in all as a fixed
             choice has), ``cooldown`` (the layers that save most time, and none in the last fifth of the run) or
             ``delayed`` (none in the first epochs, all in the last).
-        beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity),
-            with sensitivities in units of the loss, of which a layer in FP4 typically costs some thousandths.
+        beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity). Measured
+            sensitivities are in units of the loss, of which a layer in FP4 typically costs some thousandths; those from
+            released gradients are relative to the largest.
         analysis: where the ``dpquant`` scheduler has its sensitivities from; default: from released gradients, free.
         basis: ``peak`` or ``calibrated`` hardware model; default: calibrated where the profile has a calibration.
         accountant: ``prv`` or ``rdp``.

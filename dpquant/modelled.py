@@ -140,8 +140,8 @@ class Epoch:
         plan: layer name -> number format; the layers that are not in it run in full precision.
         estimate: modelled time, energy and memory of one step under the plan, analyses not included.
         speedup: modelled speedup over full precision, the analyses' time included.
-        sensitivities: layer name (with several formats ``layer:format``) -> smoothed private loss impact that the
-            draw used; None where none was released.
+        sensitivities: layer name (with several formats ``layer:format``) -> loss impact that the draw used: smoothed
+            and private, or from released gradients and relative to the largest; None where none was released.
         analysed: whether a sensitivity analysis ran at the start of this epoch.
         analysis_wall_s: how long that took on this machine.
     """

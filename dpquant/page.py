@@ -108,9 +108,10 @@ def _sensitivities(run: Run) -> str:
     found = sensitivity_shades(run)
     if found is None:
         return ""
+    unit = "" if run.facts.analyses else ", relative to the largest"  # without analyses, from released gradients
     caption = (
         f"Released sensitivity, light {found.low:.3g} to full {found.high:.3g}: the loss that quantizing the layer "
-        "alone adds."
+        f"alone adds{unit}."
     )
     title = "Released sensitivities by layer and epoch"
     return layer_map(run.facts.layers, len(run.records), found.shade, title, caption)

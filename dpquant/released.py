@@ -122,6 +122,12 @@ def loss_impacts(
     return impacts
 
 
+def relative(impacts: Mapping[str, float]) -> dict[str, float]:
+    """Impacts in units of the largest: what clipping scales them by is not public, and the same for all layers."""
+    largest = max(map(abs, impacts.values()), default=0.0)
+    return {name: impact / largest if largest > 0 else 0.0 for name, impact in impacts.items()}
+
+
 def combine(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     """Two estimates as one: the second on the first's scale, then averaged; post-processing.
 

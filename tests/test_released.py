@@ -1,16 +1,21 @@
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dpquant.analysis import estimate
 from dpquant.data import DataSettings, load_data
 from dpquant.engine import DPQuantEngine
-from dpquant.released import ReleasedMoments, combine, loss_impacts, observe, squared_errors
+from dpquant.released import ReleasedMoments, combine, loss_impacts, observe, relative, squared_errors
+from dpquant.schedule import draw_order
 from dpquant.sensitivity import AnalysisSettings, layer_policies, loss_differences
 from emulation.errors import InputError
 from emulation.gemms import geometry
@@ -112,6 +117,36 @@ def test_two_estimates_combine_on_one_scale():
     assert combine(probe, {"a": 100.0, "b": 300.0}) == pytest.approx(probe)
     assert combine(probe, other) == pytest.approx({"a": 2.0, "b": 2.0})
     assert combine(probe, {"a": 5.0, "b": 5.0}) == pytest.approx({"a": 1.5, "b": 2.5})
+
+
+@given(st.lists(st.floats(-1, 1).filter(lambda v: v == 0 or abs(v) > 1e-6), max_size=8), st.floats(1e-9, 1e9))
+def test_what_clipping_scales_by_does_not_matter_to_the_draw(values, clip):
+    impacts = {f"l{i}": value for i, value in enumerate(values)}
+    found = relative(impacts)
+    assert relative({name: clip * value for name, value in impacts.items()}) == pytest.approx(found)
+    assert max(map(abs, found.values()), default=1.0) == (1.0 if any(values) else 0.0) or not values
+    assert all(math.copysign(1, found[name]) == math.copysign(1, impacts[name]) for name in impacts if impacts[name])
+
+
+def test_a_small_clipping_norm_leaves_dpquant_its_preference():
+    """Clipped at 0.1 all impacts are some millionths: times beta they would be nothing beside the draw's noise."""
+    moments = ReleasedMoments(
+        steps=9,
+        mean=dict.fromkeys(("a.weight", "b.weight"), torch.zeros(2, 2)),
+        square={"a.weight": torch.full((2, 2), 1e-7), "b.weight": torch.full((2, 2), 1e-9)},
+    )
+    module = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    quantize_model(module)
+    with torch.no_grad():
+        for layer in module.values():
+            layer.weight.copy_(torch.tensor([[0.3, -0.7], [0.9, 0.1]]))
+    found = estimate(
+        AnalysisSettings(estimator="released"), None, moments, module, layer_policies(["a", "b"], ["luq_fp4"]),
+        noise_std=0.0, expected_batch_size=10,
+    )  # fmt: skip
+    assert found == pytest.approx({"a": 1.0, "b": 0.01}, rel=1e-4)
+    first = [draw_order("dpquant", ["a", "b"], sensitivities=found, beta=200.0, epoch=e, seed=0)[0] for e in range(200)]
+    assert first.count("b") == 200
 
 
 def test_too_little_to_go_by_is_refused():
