@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from evidence import findings, glance, plots, sweep_tables  # noqa: E402
+from evidence import chips, findings, glance, plots, sweep_tables  # noqa: E402
 from evidence.files import Evidence, load_all  # noqa: E402
 from evidence.markdown import difference  # noqa: E402
 
@@ -277,3 +277,26 @@ def test_a_forest_has_a_line_for_each_difference() -> None:
     assert svg.count('stroke-width="1.4"') == 3
     assert svg.count('stroke="#1f2328"') == 1  # the rule at 0
     assert svg.count(f'fill="{plots.COLOURS[0]}">pls</text>') == 2
+
+
+def test_a_scatter_puts_speed_across_and_accuracy_up() -> None:
+    near, far = sample([-0.01, -0.02]), sample([-0.03, -0.05])
+    clouds = [plots.Cloud(title="peak", points=[("a", 1.5, near), ("b", 2.0, far)])]
+    svg = plots.scatter(clouds, "speedup", "points")
+    dots = re.findall(r'<circle cx="([0-9.]+)" cy="([0-9.]+)"', svg)
+    assert len(dots) == 4  # two of the legend
+    (x1, y1), (x2, y2) = ((float(x), float(y)) for x, y in dots[:2])
+    assert x1 < x2
+    assert y1 < y2  # less is further down
+    assert svg.count('stroke="#1f2328"') == 2  # the rules at 0 and at 1
+
+
+def test_trades_on_chips_are_the_cost_models_and_the_runs() -> None:
+    found = load_all()
+    known = list(chips.trades(found))
+    one = next(t for t in known if (t.sweep, t.chip, t.format, t.basis) == ("cifar10_formats", "b200", "nvfp4", "peak"))
+    evidence = found["cifar10_formats"]
+    here = evidence.points(scheduler="static", fraction=1.0, format="nvfp4")[0]
+    assert one.lost == evidence.compared(here, evidence.points(scheduler="full")[0])
+    results = [r.speedup_peak for r in evidence.finished(here)]
+    assert one.speedup == pytest.approx(results[0], rel=1e-6)  # as the runs' own model had it

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from dpquant.models import build_model, example_input
+from dpquant.statistics import Sample
 from emulation.errors import InputError
 from hwmodels.cost import Estimate, estimate
 from hwmodels.profile import HardwareProfile, load_profile
@@ -104,15 +106,26 @@ def _from(found: list[float | None], places: tuple[int, ...]) -> str:
     return "never"
 
 
-def pareto_table(found: Mapping[str, Evidence]) -> str:
-    """Accuracy lost in a format beside what the format saves on the chips that have it."""
-    rows = []
+@dataclass(frozen=True, kw_only=True)
+class Trade:
+    """What a format loses in accuracy, and what it saves on one chip; against the chip's own full precision."""
+
+    sweep: str
+    chip: str
+    format: str
+    basis: str
+    lost: Sample
+    speedup: float
+    energy_share: float | None
+
+
+def trades(found: Mapping[str, Evidence]) -> Iterator[Trade]:
+    """Every format that was trained with all layers in it, on every chip that has it."""
     for name, evidence in found.items():
         key = name.split("_")[0]
         if not name.endswith("_formats") or key not in SWEPT:
             continue
-        model, batch = SWEPT[key]
-        work = modelled(model, batch)
+        work = modelled(*SWEPT[key])
         for settings in evidence.points(scheduler="static", fraction=1.0):
             full = evidence.full_precision(settings)
             if full is None:
@@ -126,11 +139,28 @@ def pareto_table(found: Mapping[str, Evidence]) -> str:
                     base, own = step(work, profile, None, basis), step(work, profile, fmt, basis)
                     if base is None or own is None:
                         continue
-                    energy = NONE
+                    energy = None
                     if base.energy_joules and own.energy_joules is not None:
-                        energy = f"{100 * own.energy_joules / base.energy_joules:.0f} %"
-                    cells = [TITLES[name], f"{chip}, {fmt}", basis, difference(lost)]
-                    rows.append([*cells, times(base.step_s / own.step_s), energy])
+                        energy = own.energy_joules / base.energy_joules
+                    yield Trade(
+                        sweep=name, chip=chip, format=fmt, basis=basis, lost=lost,
+                        speedup=base.step_s / own.step_s, energy_share=energy,
+                    )  # fmt: skip
+
+
+def pareto_table(found: Mapping[str, Evidence]) -> str:
+    """Accuracy lost in a format beside what the format saves on the chips that have it."""
+    rows = [
+        [
+            TITLES[trade.sweep],
+            f"{trade.chip}, {trade.format}",
+            trade.basis,
+            difference(trade.lost),
+            times(trade.speedup),
+            NONE if trade.energy_share is None else f"{100 * trade.energy_share:.0f} %",
+        ]
+        for trade in trades(found)
+    ]
     titles = ["sweep", "chip, format", "basis", "accuracy against full precision, points", "speedup", "energy"]
     return table(titles, rows, range(3, 6)) if rows else "No format has been trained yet."
 
