@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -89,7 +90,8 @@ def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str, dead
     import joblib
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    tasks = [joblib.delayed(run_result)(run, root, deadline) for run in runs]
+    owner = os.getpid() if backend == "loky" else None
+    tasks = [joblib.delayed(run_result)(run, root, deadline, owner) for run in runs]
     # ray's backend hands nothing out before everything is done
     order = "list" if backend == "ray" else "generator_unordered"
     try:
@@ -125,13 +127,23 @@ def _cluster(backend: str, jobs: int) -> Iterator[None]:
     yield
 
 
-def run_result(run: SweepRun, root: Path, deadline: float = math.inf) -> SweepResult | None:
+def run_result(run: SweepRun, root: Path, deadline: float = math.inf, owner: int | None = None) -> SweepResult | None:
     """Trains one run, or goes on with one that was stopped; whatever fails in it is said in the result.
 
+    Args:
+        run: what to train.
+        root: the folder of the run folders.
+        deadline: when to stop at the end of an epoch, in seconds since 1970.
+        owner: the process that must live on: without it nobody waits for the result, and the device is needed.
+
     Returns:
-        Its result; None where the deadline came first.
+        Its result; None where the deadline, or the owner's end, came first.
     """
-    if time.time() >= deadline:
+
+    def over() -> bool:
+        return time.time() >= deadline or (owner is not None and os.getppid() != owner)
+
+    if over():
         return None
     shared: dict[str, Any] = {"name": run.name, "settings": run.settings, "seed": run.seed, "digest": run.config.digest}
     kept = root / run.name / "result.json"
@@ -140,7 +152,7 @@ def run_result(run: SweepRun, root: Path, deadline: float = math.inf) -> SweepRe
         earlier = read_results(kept).get(run.name)
         if earlier is not None and earlier.digest == run.config.digest:
             return earlier
-        result = SweepResult(**shared, status="done", versions=versions(), **_measured(run, root / run.name, deadline))
+        result = SweepResult(**shared, status="done", versions=versions(), **_measured(run, root / run.name, over))
         write_atomic(kept, result.to_json().encode() + b"\n")
     except _OutOfTime:
         return None
@@ -164,11 +176,11 @@ def _give_memory_back() -> None:
 
 
 class _OutOfTime(Exception):
-    """The deadline came before a run's last epoch."""
+    """The end came before a run's last epoch."""
 
 
-def _measured(run: SweepRun, path: Path, deadline: float) -> dict[str, Any]:
-    """Trains what is left of a run; its figures."""
+def _measured(run: SweepRun, path: Path, over: Callable[[], bool]) -> dict[str, Any]:
+    """Trains what is left of a run, as long as it is not ``over``; its figures."""
     import torch
 
     from dpquant.report import summarize
@@ -187,7 +199,7 @@ def _measured(run: SweepRun, path: Path, deadline: float) -> dict[str, Any]:
             _clear_unstarted(path)
             folder = held.enter_context(RunFolder.create(path, config=run.config.data, facts=training.facts))
         for record in train(training, folder):
-            if time.time() >= deadline and record.epoch < training.facts.epochs:
+            if record.epoch < training.facts.epochs and over():
                 raise _OutOfTime
         records = folder.records()
     summary = summarize(training.facts, records)

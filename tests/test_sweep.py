@@ -7,8 +7,10 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -511,6 +513,39 @@ def test_a_process_that_is_killed_ends_the_sweep_with_a_word(tmp_path: Path, mon
     with pytest.raises(OSError, match="goes on with what is left"):
         sweep_runs.train_sweep(sweep, tmp_path / "out", jobs=2)
     assert read_results(tmp_path / "out" / "results.jsonl") == {}
+
+
+@pytest.mark.long
+def test_runs_end_with_the_sweep_that_waits_for_them(tmp_path: Path) -> None:
+    path, out = spec(tmp_path, "seeds: [0, 1]\ngrid: {training.epochs: [3000]}\n"), tmp_path / "out"
+    command = [sys.executable, "-m", "dpquant.cli", "sweep", path, "--out", str(out), "--jobs", "2", "--quiet"]
+    process = subprocess.Popen(command)
+    try:
+        assert waited(lambda: len(list(out.glob("*/records.jsonl"))) == 2)
+    finally:
+        process.kill()
+        process.wait()
+    assert waited(lambda: all(map(free, out.glob("epochs*"))))
+    assert all(len(file.read_text().splitlines()) < 3000 for file in out.glob("*/records.jsonl"))
+
+
+def waited(true: Callable[[], bool], seconds: float = 90.0) -> bool:
+    """Whether it became true in time."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def free(folder: Path) -> bool:
+    """Whether no process trains in a run folder."""
+    try:
+        take_lock(folder).close()
+    except InputError:
+        return False
+    return True
 
 
 def _ends_its_process(run: Any, root: Path, *rest: Any) -> None:
