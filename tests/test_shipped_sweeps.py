@@ -47,6 +47,7 @@ def test_each_kind_of_run_trains(name: str, tmp_path: Path, monkeypatch: pytest.
         kinds.setdefault(str({k: v for k, v in run.settings.items() if k not in SAME_KIND}), run)
     generator = torch.Generator().manual_seed(0)
     for run in kinds.values():
+        run.config["training"]["batch_size"] = SMALL["training", "batch_size"]  # a sweep may set its own
         data, schedule = run.config["data"]["name"], run.config["schedule"]
         if schedule["target_speedup"] is not None:
             schedule["target_speedup"] = 1.01  # so small a batch reaches little more
