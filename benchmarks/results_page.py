@@ -53,6 +53,8 @@ anew with a preference for layers that were found insensitive in gradients that 
 those that save most time; `annealed` quantizes all of them in the first epochs and none in the last, `cooldown` those
 that save most time, and none in the last fifth of the run."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200."""
+AVERAGES = """Each row is one comparison averaged over the budgets and fractions of a sweep; a seed's average, over
+those it has, is one value."""
 PROBES = """What the private probe takes of the budget: the noise multiplier of training without it and with it, and
 dpquant's accuracy with the probe less with the free estimate, averaged over fractions."""
 OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
@@ -139,7 +141,7 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         "## Schedulers against each other",
         "",
-        "Each row is one comparison averaged over all budgets and fractions of a sweep; a seed's average is one value.",
+        prose(AVERAGES),
         "",
         averages_table(found),
     ]
@@ -153,7 +155,12 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         for name in present:
             plot = f"results/{name}.svg" if f"{name}.svg" in plots else None
             parts += ["", section(name, found[name], plot)]
-    parts += _variance() + _chips(found) + _unfinished(found) + ["", "## Hours", "", hours(found)]
+    parts += (
+        _variance()
+        + _chips(found, "results/pareto.svg" if "pareto.svg" in plots else None)
+        + _unfinished(found)
+        + ["", "## Hours", "", hours(found)]
+    )
     return "\n".join(parts) + "\n", plots
 
 
@@ -188,7 +195,7 @@ def _variance() -> list[str]:
     return parts
 
 
-def _chips(found: Mapping[str, Evidence]) -> list[str]:
+def _chips(found: Mapping[str, Evidence], plot: str | None) -> list[str]:
     parts = ["", "## Where it pays on chips", "", prose(CHIPS)]
     width = "A transformer of six layers on sequences of 128, batch 256."
     for title, text, body in (
@@ -196,7 +203,7 @@ def _chips(found: Mapping[str, Evidence]) -> list[str]:
         ("By width", width, chips.widths_table()),
         ("Accuracy against speed", PARETO, chips.pareto_table(found)),
     ):
-        drawn = ["![Accuracy against speed](results/pareto.svg)", ""] if text == PARETO and pareto_plot(found) else []
+        drawn = [f"![{title}]({plot})", ""] if plot and text == PARETO else []
         parts += ["", f"### {title}", "", *([prose(text), ""] if text else []), *drawn, body]
     return parts
 

@@ -220,6 +220,11 @@ def test_the_glance_holds_schedules_to_full_precision_on_what_all_of_them_have()
     assert known[0].full.mean == pytest.approx(0.5 + 13 / 300 + 0.015)
     assert set(known[0].lost) == {"static", "pls", "dpquant", "annealed", "cooldown"}
     assert all(value.mean == pytest.approx(-0.04) for value in known[0].lost.values())
+    cut = {n: r for n, r in evidence.results.items() if r.seed < 3 or "target_epsilon=8.0" in n}
+    (line, *_) = glance.lines({"fashion_main": Evidence(sweep=evidence.sweep, results=cut, stale=())})
+    assert line.budgets == "8, 4, 1"
+    assert line.full.n == line.lost["static"].n == 3  # the fourth seed has one budget of three
+    assert line.full.mean == pytest.approx(0.5 + 13 / 300 + 0.01)
     text = glance.glance_table({"fashion_main": evidence}, equal_time=False)
     assert "| Fashion-MNIST's CNN | 50 % of the layers | 8, 4, 1 | 55.8 ± 1.3 | -4.00 (-4.00 to -4.00) |" in text
     assert glance.glance_table({"fashion_main": evidence}, equal_time=True) == ""

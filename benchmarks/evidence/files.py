@@ -82,14 +82,18 @@ def load_all(folder: Path = RESULTS / "sweeps") -> dict[str, Evidence]:
     return found
 
 
-def average(evidence: Evidence, pairs: list[tuple[Settings, Settings]]) -> Sample:
-    """Paired differences averaged over pairs of points: each seed's mean over the pairs it has is one value."""
+def average(evidence: Evidence, pairs: list[tuple[Settings, Settings]], *, complete: bool = False) -> Sample:
+    """Paired differences averaged over pairs of points: each seed's mean over the pairs it has is one value.
+
+    ``complete``: of the seeds that have all pairs alone, so that every value is over the same settings.
+    """
     by_seed: dict[int, list[float]] = {}
     for here, there in pairs:
         a, b = evidence.accuracies(here), evidence.accuracies(there)
         for seed in a.keys() & b.keys():
             by_seed.setdefault(seed, []).append(a[seed] - b[seed])
-    return sample([sum(values) / len(values) for _, values in sorted(by_seed.items())])
+    needed = len(pairs) if complete else 1
+    return sample([sum(values) / len(values) for _, values in sorted(by_seed.items()) if len(values) >= needed])
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dpquant.statistics import Sample, sample
 from . import chips, variance_tables
 from .files import Evidence, average
 from .glance import SUBJECTS, at_equal_time
-from .markdown import difference, interval
+from .markdown import difference, interval, verdict
 from .sweep_tables import PUBLISHED, TITLES, every_choice, probe_costs, scheduler_averages
 
 DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text"}
@@ -74,7 +74,7 @@ def _which(found: Mapping[str, Evidence]) -> list[str]:
     text += f", and worse in {len(worse)}." if worse else ", and worse in none."
     told = [text]
     told += [
-        f"dpquant with the private probe less static is {_sign(v)}: {difference(v)} on {name}."
+        f"dpquant with the private probe less static is {verdict(v)}: {difference(v)} on {name}."
         for name, v in (
             (n, v) for n, estimator, v in compared(found, "dpquant", "static") if estimator == "probe" and v.sign
         )
@@ -91,10 +91,6 @@ def _helps(better: list[tuple[str, Sample]], values: list[tuple[str, Sample]]) -
 
 def _free(found: Mapping[str, Evidence], scheduler: str) -> Iterator[tuple[str, str | None, Sample]]:
     return (one for one in compared(found, scheduler, "static") if one[1] != "probe")
-
-
-def _sign(value: Sample) -> str:
-    return "better" if value.sign == 1 else "worse"
 
 
 def _when(found: Mapping[str, Evidence]) -> list[str]:
@@ -123,11 +119,11 @@ def _when(found: Mapping[str, Evidence]) -> list[str]:
 
 def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
     """At equal modelled time: the layers that save most, and none of them in the last fifth."""
-    parts = []
-    for name, _, versus in compared(found, "cooldown", "static", equal_time=True):
-        greedy = [v for n, _, v in compared(found, "cooldown", "greedy", equal_time=True) if n == name]
-        text = f"{difference(versus)} on {name}"
-        parts.append(text + (f" (less `greedy` {difference(greedy[0])})" if greedy else ""))
+    greedy = {name: v for name, _, v in compared(found, "cooldown", "greedy", equal_time=True)}
+    parts = [
+        f"{difference(v)} on {name}" + (f" (less `greedy` {difference(greedy[name])})" if name in greedy else "")
+        for name, _, v in compared(found, "cooldown", "static", equal_time=True)
+    ]
     if not parts:
         return []
     return [

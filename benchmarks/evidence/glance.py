@@ -40,8 +40,8 @@ class Line:
         subject: network and data.
         goal: share of the layers, or the modelled speedup.
         budgets: the epsilons that it is averaged over.
-        full: accuracy in full precision.
-        lost: scheduler -> its accuracy less full precision's, averaged over the settings that all have.
+        full: accuracy in full precision, averaged likewise, over the seeds that have all of them.
+        lost: scheduler -> its accuracy less full precision's, averaged over the settings that all have, likewise.
     """
 
     subject: str
@@ -93,7 +93,7 @@ def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str 
     lost = {}
     for scheduler, points in trained.items():
         pairs = [(points[r], full) for r in shared if (full := evidence.full_precision(points[r])) is not None]
-        lost[scheduler] = average(evidence, pairs)
+        lost[scheduler] = average(evidence, pairs, complete=True)
     by_seed: dict[int, list[float]] = {}
     for full in fulls:
         for seed, accuracy in evidence.accuracies(full).items():
@@ -103,7 +103,7 @@ def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str 
         subject=subject,
         goal=f"{value:.0%} of the layers".replace("%", " %") if goal == "fraction" else f"{value:g}x",
         budgets=", ".join(f"{epsilon:g}" for epsilon in budgets) or _budget(evidence),
-        full=sample([sum(own) / len(own) for own in by_seed.values()]),
+        full=sample([sum(own) / len(own) for own in by_seed.values() if len(own) == len(fulls)]),
         lost=lost,
     )
 
