@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +85,7 @@ class GraphedBackward:
         self._batches: dict[tuple[object, ...], _Batch] = {}
         self._refused = len({p.dtype for p in optimizer.params}) > 1
         on_cuda = optimizer.params[0].is_cuda
-        self._stream = torch.cuda.Stream() if on_cuda else None
+        self._stream = _side_stream(optimizer.params[0].device, threading.get_ident()) if on_cuda else None
         self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +226,12 @@ class GraphedBackward:
             yield
         finally:
             rounding.table = before
+
+
+@cache
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """The stream that ``thread`` captures on: cuBLAS keeps workspaces for every stream until the process ends."""
+    return torch.cuda.Stream(device)
 
 
 def _forget_gradients(params: list[nn.Parameter]) -> None:

@@ -24,6 +24,9 @@ from emulation.matrix_units import MatrixUnit
 TILES = {"chained": (32, 64, 4), "block_scaled": (64, 64, 8)}  # rows, columns and warps of a program
 _LOWEST = tl.constexpr(LOWEST_EXPONENT)
 _ZERO = tl.constexpr(ZERO_EXPONENT)
+_LEAST_NORMAL = tl.constexpr(2.0**-126)
+_LEAST = tl.constexpr(2.0**-149)
+_PER_LEAST = tl.constexpr(2.0**149)  # as digits it was one unit in the last place less, and cut exact results down
 
 
 def takes(left: Operand, right: Operand, unit: MatrixUnit) -> bool:
@@ -132,9 +135,9 @@ def _cut_to_float32(total, exponent, RESULT_BITS: tl.constexpr, WIDE: tl.constex
     kept = ((bits >> (52 - RESULT_BITS)) << (52 - RESULT_BITS)).to(tl.float64, bitcast=True)
     result = kept * _power_of_two(exponent)
     if WIDE:
-        small = tl.abs(result) < 1.1754943508222875e-38  # 2^-126
-        steps = tl.where(small, result * 7.136238463529799e44, 0.0).to(tl.int64)  # 2^149
-        result = tl.where(small, steps.to(tl.float64) * 1.401298464324817e-45, result)
+        small = tl.abs(result) < _LEAST_NORMAL
+        steps = tl.where(small, result * _PER_LEAST, 0.0).to(tl.int64)
+        result = tl.where(small, steps.to(tl.float64) * _LEAST, result)
     return result.to(tl.float32)
 
 

