@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpquant import schedule
@@ -104,23 +104,27 @@ class Goal:
         if self.target_speedup is None:
             return modelled.fraction(order, self._share(modelled, steps, steps_done))
         target = self.target_speedup
-        if self.scheduler == "cooldown" and (pace := self._pace(modelled, steps)) is not None:
-            target = pace * (1 - _ROUNDING)
-        elif self.scheduler in ("annealed", "cooldown", "delayed"):
+        if self.scheduler in ("annealed", "cooldown", "delayed"):
             # as if the epochs that come after were over, all of them in full precision, or all of them quantized
             after = modelled.steps - steps
             others = modelled.reach().plan if self.scheduler == "delayed" else {}
             seconds_done += after * modelled.estimate(others).step_s
             steps, steps_done = modelled.steps, steps_done + after
+            if self.scheduler == "cooldown":
+                order = self._worth_it(modelled, order)
             target *= 1 - _ROUNDING
         return modelled.meet(order, target, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
 
-    def _pace(self, modelled: ModelledRun, steps: int) -> float | None:
-        """The speedup until the cooldown by which the whole run meets its target; None: it is over, or out of reach."""
-        before = (1 - schedule.COOLDOWN) * modelled.steps
-        left = modelled.steps / (self.target_speedup or 1.0) - (modelled.steps - before)  # in steps of full precision
-        reachable = left > 0 and before / left <= modelled.reach().max_speedup
-        return before / left if reachable and steps <= before else None
+    def _worth_it(self, modelled: ModelledRun, order: Sequence[str]) -> Sequence[str]:
+        """The first of the policies that ``cooldown`` takes: those worth it, and more only where these are too slow."""
+        most = max(modelled.savings.values(), default=0.0)
+        worth = sum(saved >= schedule.WORTH * most for saved in modelled.savings.values())
+        shortest = schedule.SHORTEST_COOLDOWN
+        left = 1 / (self.target_speedup or 1.0) - shortest  # of the run's time in full precision
+        for count in range(worth, len(order)):
+            if left > 0 and modelled.speedup(modelled.fraction(order[:count], 1.0).formats) >= (1 - shortest) / left:
+                return order[:count]
+        return order
 
     def _share(self, modelled: ModelledRun, steps: int, steps_done: int) -> float:
         """The share of the layers that this epoch quantizes; over the run as many as a fixed choice has."""

@@ -17,8 +17,13 @@ Scheduler = Literal["full", "static", "pls", "dpquant", "greedy", "annealed", "c
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 
 COOLDOWN = 0.2
-"""The share of a run's steps that ``cooldown`` ends in full precision; pretraining in NVFP4 took 18 % (arXiv
-2509.25149)."""
+"""The share of a run's steps that ``cooldown`` ends in full precision where its goal is a number of layers; pretraining
+in NVFP4 took 18 % (arXiv 2509.25149)."""
+SHORTEST_COOLDOWN = 0.05
+"""The same at the least where its goal is a speedup; a longer one if the layers that are worth it allow."""
+WORTH = 0.2
+"""What a layer has to save for ``cooldown`` to take it without need: this share of what the layer saves that saves most.
+Chosen on the runs of docs/results.md: on CIFAR-10 the layers below did more harm than they saved time."""
 
 
 def probability(sensitivities: Sequence[float], beta: float) -> list[float]:
