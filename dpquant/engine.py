@@ -44,7 +44,7 @@ class DPQuantEngine:
         scheduler: ``full`` (nothing is quantized), ``static`` (one draw for the run), ``pls`` (a uniform draw per
             epoch), ``dpquant`` (a draw per epoch that prefers layers found insensitive), ``greedy`` (the layers that
             save most time), ``annealed`` (all layers in the first epochs, none in the last, as many in all as a fixed
-            choice has), ``cooldown`` (the layers that save most time, and none in the last fifth of the run) or
+            choice has), ``cooldown`` (the layers that save most time in the first epochs, none in the last) or
             ``delayed`` (none in the first epochs, all in the last).
         beta: how strongly the draw prefers insensitive layers: weights are softmax(-beta * sensitivity). Measured
             sensitivities are in units of the loss, of which a layer in FP4 typically costs some thousandths; those from

@@ -92,7 +92,7 @@ class Goal:
         """
         if self.layers is not None and self.scheduler == "static":
             return planner.PrecisionPlan(formats=dict.fromkeys(self.layers, modelled.formats[0]))
-        order = schedule.draw_order(
+        order: Sequence[str] = schedule.draw_order(
             self.scheduler,  # type: ignore[arg-type]
             tuple(modelled.policies),
             sensitivities=sensitivities,
@@ -116,7 +116,7 @@ class Goal:
         return modelled.meet(order, target, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
 
     def _worth_it(self, modelled: ModelledRun, order: Sequence[str]) -> Sequence[str]:
-        """The first of the policies that ``cooldown`` takes: those worth it, and more only where these are too slow."""
+        """The policies that ``cooldown`` takes: those worth it, and the next where these need the run's end too."""
         most = max(modelled.savings.values(), default=0.0)
         worth = sum(saved >= schedule.WORTH * most for saved in modelled.savings.values())
         shortest = schedule.SHORTEST_COOLDOWN

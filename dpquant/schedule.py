@@ -22,8 +22,8 @@ in NVFP4 took 18 % (arXiv 2509.25149)."""
 SHORTEST_COOLDOWN = 0.05
 """The same at the least where its goal is a speedup; a longer one if the layers that are worth it allow."""
 WORTH = 0.2
-"""What a layer has to save for ``cooldown`` to take it without need: this share of what the layer saves that saves most.
-Chosen on the runs of docs/results.md: on CIFAR-10 the layers below did more harm than they saved time."""
+"""What makes a layer worth quantizing to ``cooldown``: it saves this share of what the layer saves that saves most.
+Chosen on the runs of docs/results.md: on CIFAR-10 the layers below it did more harm than they saved time."""
 
 
 def probability(sensitivities: Sequence[float], beta: float) -> list[float]:
@@ -62,8 +62,8 @@ def draw_order(
             of ``-beta * sensitivity`` plus Gumbel noise, which is the same distribution (arXiv 1903.06059).
             ``greedy``: those that save most time first, so that the fewest are needed, the same in every epoch.
             ``annealed`` and ``delayed`` choose epochs (:func:`share_of_epoch`): the order, uniform and new every epoch,
-            matters where only a part of the layers is quantized. ``cooldown`` chooses both: the order of ``greedy``,
-            in all but the last epochs.
+            matters where only a part of the layers is quantized. ``cooldown`` chooses both: the first of the order of
+            ``greedy``, in the first epochs.
         layers: names, each once.
         sensitivities: released values by layer name, for ``dpquant``; None (nothing released yet) is a uniform draw.
         beta: how strongly sensitive layers are avoided, per unit of sensitivity; 0 is uniform.

@@ -14,6 +14,7 @@ from toy_chip import toy_chip
 from dpquant.goal import Goal
 from dpquant.modelled import ModelledRun
 from dpquant.models import build_model, example_input
+from dpquant.schedule import SHORTEST_COOLDOWN, WORTH
 from dpquant.sensitivity import AnalysisSettings
 from emulation.errors import InputError
 from hwmodels.workload import trace
@@ -117,16 +118,35 @@ def test_choices_of_epochs_meet_the_target_of_the_whole_run(
     layer_s = max(full_s - run.estimate({name: "nvfp4"}).step_s for name in LAYERS)
     spare_s = epochs * full_s / target - sum(seconds)
     assert -1e-8 * epochs * full_s <= spare_s < layer_s  # of one layer in one epoch
-    if scheduler == "cooldown":
-        late = [plan for epoch, plan in enumerate(plans) if epoch >= 0.8 * epochs]
-        assert share > 0.7 or not any(late)
-        greedy = whole_run(Goal(scheduler="greedy", target_speedup=target), epochs, formats=formats)
-        assert len(plans[0]) >= len(greedy[0])
-    elif 0.3 < share < 0.7:
+    if scheduler != "cooldown" and 0.3 < share < 0.7:
         most_s, none = run.estimate(most.plan).step_s, {}
         assert plans[0 if scheduler == "delayed" else -1] == none
         assert seconds[-1 if scheduler == "delayed" else 0] < most_s + layer_s
         assert sum(most_s + layer_s < s < full_s for s in seconds) <= 1  # the epoch between
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 1), st.sampled_from([("nvfp4",), ("fp8", "nvfp4")]))
+def test_cooldown_takes_the_layers_that_are_worth_it_as_long_as_the_target_asks(
+    share: float, formats: tuple[str, ...]
+) -> None:
+    epochs, run = 40, replace(RUN, formats=formats)
+    most = run.reach().max_speedup
+    target = 1 + share * (most - 1)
+    plans = whole_run(Goal(scheduler="cooldown", target_speedup=target), epochs, formats=formats)
+    saved = {name: run.estimate({}).step_s - run.estimate({name: "nvfp4"}).step_s for name in LAYERS}
+    order = sorted(LAYERS, key=lambda name: -saved[name])
+    worth = [name for name in LAYERS if saved[name] >= WORTH * max(saved.values())]
+    taken = [plan for plan in plans if plan]
+    assert plans == taken + [{}] * (epochs - len(taken))
+    if len(taken) > 1:  # the last of them may need fewer
+        assert all(plan == taken[0] for plan in taken[:-1])
+        assert set(taken[0]) == set(order[: len(taken[0])]) >= set(worth)
+        enough = run.speedup(dict.fromkeys(worth, "nvfp4"))
+        if epochs / target > epochs * (1 - SHORTEST_COOLDOWN) / enough + epochs * SHORTEST_COOLDOWN:
+            assert set(taken[0]) == set(worth)
+    ends = (1 - SHORTEST_COOLDOWN) / most + SHORTEST_COOLDOWN <= 1 / target
+    assert not ends or len(taken) <= round((1 - SHORTEST_COOLDOWN) * epochs) + 1
 
 
 @settings(max_examples=20, deadline=None)
