@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from evidence import chips, findings, glance, plots, sweep_tables  # noqa: E402
+from evidence import chips, choices, findings, glance, operand_tables, plots, sweep_tables  # noqa: E402
 from evidence.files import Evidence, load_all  # noqa: E402
 from evidence.markdown import difference  # noqa: E402
 
@@ -155,10 +155,10 @@ def test_the_best_fixed_choice_is_judged_on_other_seeds() -> None:
         luckiest = ["conv1", "conv2", "fc1"] if early else ["conv2", "fc1", "fc2"]
         return 0.8 + 0.1 * (run.settings["schedule.layers"] == luckiest)
 
-    subsets = invented("fashion_subsets", lucky, 5)
-    table = sweep_tables.best_static(invented("fashion_main", gains, 5), subsets, 4)
-    three = [line for line in table.splitlines() if line.startswith("| 3 of 4")]
-    assert three
+    found = {n: invented(n, f, 5) for n, f in (("fashion_main", gains), ("fashion_subsets", lucky))}
+    table = choices.best_static(choices.known_choices(found, equal_time=False))
+    three = [line for line in table.splitlines() if line.startswith("| Fashion-MNIST's CNN, 3 of 4 layers")]
+    assert len(three) == len(table.splitlines()) - 2 > 0
     assert all("conv1, conv2, fc1 | 80.0 ± 0.0" in line for line in three)
 
 
@@ -172,19 +172,215 @@ def test_annealed_is_held_against_every_fixed_choice() -> None:
         return accuracy(run) + (0.02 + wobble if run.settings["schedule.scheduler"] == "annealed" else 0.0)
 
     speedups = {"speedup_peak": 1.2}
-    main, subsets = (
-        invented(f"fashion_{n}", f, 5, **speedups) for n, f in (("main", scheduled), ("subsets", accuracy))
-    )
-    found = sweep_tables.every_choice_table(main, subsets, 4).splitlines()[2:]
+    known = {
+        f"fashion_{n}": invented(f"fashion_{n}", f, 5, **speedups)
+        for n, f in (("main", scheduled), ("subsets", accuracy))
+    }
+    table = choices.every_choice_table(choices.known_choices(known, equal_time=False), "annealed")
+    found = table.splitlines()[2:]
     assert len(found) == 4
     assert sum("| better |" in line for line in found) == 3
     assert sum("conv2, fc1, fc2" in line and "| worse |" in line for line in found) == 1
     assert all(line.count("1.20x") == 2 for line in found)
-    said = findings.paragraphs({"fashion_main": main, "fashion_subsets": subsets})[0]
+    said = findings.paragraphs(known)[0]
     assert (
-        "of the 4 fixed choices of as many layers that were trained `annealed` is shown to be better than 3 and" in said
+        "Of the 4 fixed choices of as many layers that were trained, `annealed` is shown to be better than 3 " in said
     )
-    assert re.search(r"the least that it gains on one is -2\.\d\d", said)
+    assert re.search(r"\(3 of 4 on Fashion-MNIST's CNN\), by \+2\.\d\d .* and worse than 1 \(by -2\.\d\d", said)
+
+
+def test_choices_are_held_against_the_highest_speedup_that_they_reach() -> None:
+    def accuracy(run: Any) -> float:
+        """Of two choices that reach the second target one is better than cooldown there, the other worse."""
+        wobble = 1e-3 * ((run.seed * 7 + len(run.name)) % 3)
+        chosen = run.settings.get("schedule.layers")
+        if chosen is None:
+            ahead = run.settings["schedule.scheduler"] == "cooldown"
+            return (
+                0.5 + wobble + (0.04 if ahead else 0.0) - (0.02 if run.settings["schedule.target_speedup"] > 1.2 else 0)
+            )
+        return 0.5 + wobble + (0.06 if "convs.3" in chosen and "convs.1" in chosen and len(chosen) == 4 else 0.0)
+
+    main, subsets = (invented(n, accuracy, 4, speedup_peak=1.2) for n in ("cifar10_time", "cifar10_time_subsets"))
+    fast = {n: dataclasses.replace(r, speedup_peak=1.31) for n, r in subsets.results.items() if n.count("convs") == 4}
+    known = {
+        "cifar10_time": main,
+        "cifar10_time_subsets": Evidence(sweep=subsets.sweep, results={**subsets.results, **fast}, stale=()),
+    }
+    both = choices.known_choices(known, equal_time=True)
+    lines = choices.every_choice_table(both, "cooldown").splitlines()[2:]
+    assert [line.split(" | ")[0].removeprefix("| CIFAR-10's CNN, ") for line in lines] == ["1.15x"] * 5 + ["1.31x"] * 3
+    assert ["better" in line for line in lines] == [True] * 5 + [False, True, False]
+    assert sum("| worse |" in line for line in lines) == 2
+    said = findings.paragraphs({**known, "cifar10_main": invented("cifar10_main", gains, 5)})[0]
+    clear = r"Of the 8 fixed choices that were trained and reach the same modelled speedup, `cooldown` is shown to be "
+    assert re.search(clear + r"better than 6 \(6 of 8 on CIFAR-10's CNN\), by .* and worse than 2 \(by -[34]\.", said)
+    best = list(choices.best_choices(both[0]))
+    assert {(one.goal, len(one.layers)) for one in best} == {(1.15, 2), (1.31, 4)}
+    slow = {n: dataclasses.replace(r, speedup_peak=1.1) for n, r in subsets.results.items()}
+    none = choices.Choices(
+        subject="", main=main, fixed=Evidence(sweep=subsets.sweep, results=slow, stale=()), layers=8
+    )  # fmt: skip
+    assert list(choices.every_choice(none, "cooldown")) == []
+    assert list(choices.best_choices(none)) == []
+
+
+def test_long_lists_of_layers_are_folded() -> None:
+    assert choices.folded(["convs.0", "fc1"]) == "convs.0, fc1"
+    deep = [
+        "conv1",
+        *(f"layer{i}.{j}.conv{k}" for i in (1, 2) for j in (0, 1) for k in (1, 2)),
+        "layer2.0.downsample.0",
+    ]
+    assert choices.folded(deep) == (
+        "10: conv1, layer1 (0.conv1, 0.conv2, 1.conv1, 1.conv2), "
+        "layer2 (0.conv1, 0.conv2, 1.conv1, 1.conv2, 0.downsample.0)"
+    )
+
+
+def raw(name: str) -> list[dict[str, Any]]:
+    """The lines of a sweep's results; none where it was not trained."""
+    path = ROOT / "benchmarks" / "results" / "sweeps" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def of(lines: list[dict[str, Any]], **settings: Any) -> dict[int, float]:
+    """Seed -> accuracy of the lines with these settings, named by the last part of their keys."""
+    return {
+        line["seed"]: line["accuracy"]
+        for line in lines
+        if settings.items() <= {k.split(".")[-1]: v for k, v in line["settings"].items()}.items()
+    }
+
+
+def by_hand(values: dict[int, float], others: dict[int, float]) -> tuple[str, str]:
+    """A paired difference as the page writes it and its verdict, with SciPy's Student t."""
+    stats = pytest.importorskip("scipy.stats")
+    pairs = [100 * (values[seed] - others[seed]) for seed in sorted(values.keys() & others.keys())]
+    middle, half = statistics.fmean(pairs), stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1)
+    verdict = "better" if middle > half else "worse" if middle < -half else "no difference shown"
+    return f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f})", verdict
+
+
+def found_said() -> str:
+    """The first part of the page, in one line."""
+    return " ".join(PAGE.read_text().split("## At a glance")[0].split())
+
+
+EQUAL_TIME = {
+    "fashion_time": "Fashion-MNIST's CNN",
+    "cifar10_time": "CIFAR-10's CNN",
+    "cifar10_resnet18": "ResNet-18 on CIFAR-10",
+    "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
+}
+
+
+def reached(name: str) -> list[tuple[float, list[str], dict[int, float]]]:
+    """Target, layers and accuracies of the fixed choices that are held against a sweep's schedulers."""
+    main, subsets = raw(name), raw(name if name.endswith("_fresh") else f"{name}_subsets")
+    targets = sorted({one for line in main if (one := line["settings"]["schedule.target_speedup"]) is not None})
+    choices: dict[str, tuple[float, list[str], dict[int, float]]] = {}
+    for line in subsets:
+        if (layers := line["settings"]["schedule.layers"]) is not None:
+            target = max(target for target in targets if target <= line["speedup_peak"])
+            choices.setdefault(str(layers), (target, layers, {}))[2][line["seed"]] = line["accuracy"]
+    return list(choices.values())
+
+
+def test_choices_of_the_same_speedup_by_another_hand() -> None:
+    section = PAGE.read_text().split("### Every fixed choice that reaches the same speedup\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    start = next((i for i, line in enumerate(lines) if "cooldown less choice" in line), len(lines))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
+    shown = {(row[0], row[1]): dict(zip(cells[0], row, strict=True)) | {"": row[8]} for row in cells[2:]}
+    verdicts: dict[str, list[str]] = {}
+    for name, subject in EQUAL_TIME.items():
+        for target, layers, own in reached(name):
+            main = [line for line in raw(name) if line["settings"].get("schedule.layers") is None]
+            if not of(main, scheduler="cooldown", target_speedup=target):
+                continue
+            row = shown.pop((f"{subject}, {target:g}x", choices.folded(layers)))
+            assert row["its accuracy, %"].startswith(f"{100 * statistics.fmean(own.values()):.1f} ")
+            for title in (title for title in row if " less choice" in title):
+                theirs = of(main, scheduler=title.split()[0], target_speedup=target)
+                assert row[title] == (by_hand(theirs, own)[0] if theirs else ""), (layers, title)
+            difference, said = by_hand(of(main, scheduler="cooldown", target_speedup=target), own)
+            assert row[""] == said
+            if name.endswith("_fresh"):
+                assert f"less [{choices.folded(layers)}] {difference} points, {said}" in found_said()
+            else:
+                verdicts.setdefault(subject, []).append(said)
+    assert not shown
+    known = [one for many in verdicts.values() for one in many]
+    parts = ", ".join(f"{many.count('better')} of {len(many)} on {subject}" for subject, many in verdicts.items())
+    counted = re.search(
+        r"Of the (\d+) fixed choices that were trained and reach the same modelled speedup, `cooldown` is shown to be "
+        r"better than (\d+) \((.*?)\).*? and worse than (\d+).*?(?:; for (\d+) no difference|\.) ",
+        found_said(),
+    )
+    assert bool(counted) == bool(known)
+    if counted:
+        found = (len(known), known.count("better"), parts, known.count("worse"), known.count("no difference shown"))
+        assert (int(counted[1]), int(counted[2]), counted[3], int(counted[4]), int(counted[5] or 0)) == found
+
+
+def averaged(name: str, scheduler: str, other: str) -> tuple[str, str] | None:
+    """One scheduler less another, each seed's mean over the settings of a sweep that both have."""
+    lines = [line for line in raw(name) if line["status"] == "done"]
+    estimated = any("analysis.estimator" in line["settings"] for line in lines)
+    known = {(point_key(line["settings"]), line["seed"]): line["accuracy"] for line in lines}
+    by_seed: dict[int, list[float]] = {}
+    for line in lines:
+        settings = line["settings"]
+        free = not estimated or settings["analysis.estimator"] == ("released" if scheduler == "dpquant" else "probe")
+        if settings["schedule.scheduler"] != scheduler or not free:
+            continue
+        there = {**settings, "schedule.scheduler": other} | ({"analysis.estimator": "probe"} if estimated else {})
+        if (accuracy := known.get((point_key(there), line["seed"]))) is not None:
+            by_seed.setdefault(line["seed"], []).append(line["accuracy"] - accuracy)
+    differences = {seed: statistics.fmean(values) for seed, values in by_seed.items()}
+    return by_hand(differences, dict.fromkeys(differences, 0.0)) if len(differences) >= 3 else None
+
+
+@pytest.mark.parametrize(("scheduler", "other"), [("pls", "static"), ("dpquant", "static"), ("dpquant", "pls")])
+def test_in_how_many_comparisons_by_another_hand(scheduler: str, other: str) -> None:
+    values = [one for name in glance.SUBJECTS if (one := averaged(name, scheduler, other)) is not None]
+    better, worse = ([text for text, verdict in values if verdict == word] for word in ("better", "worse"))
+    name = "one fixed random choice (`static`)" if scheduler == "pls" else f"`{other}`"
+    said = found_said().split("Changing *when*")[0]
+    counted = re.search(rf"better than {re.escape(name)} in (\d+) of (\d+) comparisons(.*?) and worse in (\d+)", said)
+    assert counted
+    assert (int(counted[1]), int(counted[2]), int(counted[4])) == (len(better), len(values), len(worse))
+    assert all(text in better for text in re.findall(r"[+-]\S+ \(\S+ to \S+\)(?= points)", counted[3]))
+
+
+def test_preference_accumulation_and_operands_by_another_hand() -> None:
+    said, beta = found_said(), raw("cifar10_beta")
+    none = of(beta, beta=0)
+    strengths = sorted({line["settings"]["schedule.beta"] for line in beta} - {0})
+    found = [by_hand(of(beta, beta=strength), none) for strength in strengths]
+    better, worse = (sum(verdict == word for _, verdict in found) for word in ("better", "worse"))
+    text = ", ".join(f"{one} points at {strength:g}" for (one, _), strength in zip(found, strengths, strict=True))
+    assert (
+        f"better than none (`beta` 0) at {better} of {len(strengths)} strengths and worse at {worse}: {text}." in said
+    )
+    sums = raw("fashion_accumulate")
+    for fmt, chip in (("fp8", "h200"), ("nvfp4", "b200")):
+        one, verdict = by_hand(
+            *(of(sums, format=fmt, accumulate=how) for how in ("hardware", "float32")),
+        )
+        assert f"{one} points in {fmt} on {chip} ({verdict})" in said
+    for task, name in operand_tables.TASKS.items():
+        path = ROOT / "benchmarks" / "results" / f"operands_{task}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        luq = {
+            which: {x["seed"]: x["accuracy"] for x in lines if (x["format"], x["operands"]) == ("luq_fp4", which)}
+            for which in ("forward", "backward", "both", "both, per tensor")
+        }
+        one, verdict = by_hand(luq["forward"], luq["backward"])
+        assert f"{one} points on {name} ({verdict})" in said
+        one, verdict = by_hand(luq["both, per tensor"], luq["both"])
+        assert f"{one} on {name} ({verdict})" in said
 
 
 def test_what_helps_is_said_only_where_it_does() -> None:
@@ -196,8 +392,8 @@ def test_what_helps_is_said_only_where_it_does() -> None:
     said = findings.paragraphs({name: invented(name, when, 5) for name in names})[0]
     assert "Changing *which* layers are quantized is not shown to help" in said
     assert "Changing *when* helps" in said
-    assert re.search(r"in 2 of 2 comparisons, by \+[23]\.\d\d .* on .* to \+3\.\d\d", said)
-    assert re.search(r"gain on `static`: \+[23]\.\d\d .* \(less `greedy` \+[23]\.", said)
+    assert re.search(r"`static` in 2 of 2 comparisons \(by \+[23]\.\d\d .* on .* to \+3\.\d\d", said)
+    assert re.search(r"`static` in 1 of 1 and worse in 0: \+[23]\.\d\d .* \(less `greedy` \+[23]\.", said)
     flat = {name: invented(name, lambda run: 0.6 + 1e-3 * ((run.seed * 5 + len(run.name)) % 7), 5) for name in names}
     said = findings.paragraphs(flat)[0]
     assert "Changing *when* is not shown to help" in said

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,17 @@ from hypothesis import strategies as st
 from dpquant import sweep_runs
 from dpquant.cli import main
 from dpquant.config import load_config
+from dpquant.modelled import ModelledRun
+from dpquant.models import build_model
 from dpquant.report import summarize
 from dpquant.rundir import load_run, take_lock
+from dpquant.sensitivity import AnalysisSettings
 from dpquant.statistics import paired, sample
 from dpquant.sweep import Sweep, load_sweep, only, outcomes, shipped_sweeps
 from dpquant.sweep_results import SweepResult, append_result, read_results, write_results
 from emulation.errors import InputError
+from hwmodels.profile import load_profile
+from hwmodels.workload import trace
 from tests.test_cli import DOCUMENTED, Capture, answer, refused, shown, write_config
 
 SCHEDULERS = "seeds: [0, 1]\ngrid: {schedule.scheduler: [full, pls]}\n"
@@ -213,6 +219,45 @@ def test_shipped_sweeps_are_sound(name: str) -> None:
     sweep = load_sweep(name)
     assert sweep.runs
     assert not sweep.refused
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("name", "shape", "layers"),
+    [("fashion_time", (1, 28, 28), 4), ("cifar10_time", (3, 32, 32), 8), ("cifar10_resnet18", (3, 32, 32), 21)],
+)
+def test_fixed_choices_reach_the_speedups_of_the_schedulers(name: str, shape: tuple[int, ...], layers: int) -> None:
+    """Each reaches a target and would not without any one of its layers; of small networks they are all such."""
+    schedulers, subsets = load_sweep(name), load_sweep(f"{name}_subsets")
+    targets = {run.settings["schedule.target_speedup"] for run in schedulers.runs}
+    listed = {tuple(run.settings["schedule.layers"]) for run in subsets.runs}
+    config = subsets.runs[0].config
+    model = build_model(config["model"]["name"], **config["model"]["options"], num_classes=10, in_channels=shape[0])
+    workload = trace(model, torch.zeros(1, *shape), config["training"]["batch_size"])
+    assert len(workload.quantizable) == layers
+    run = ModelledRun(
+        workload=workload,
+        profile=load_profile(config["hardware"]["profile"]),
+        formats=[config["format"]],
+        basis=config["hardware"]["basis"],
+        clipping=config["training"]["clipping"],
+        analysis=AnalysisSettings(),
+        analyses=0,
+        expected_batch_size=config["training"]["batch_size"],
+        steps=100,
+    )
+
+    def speedup(choice: tuple[str, ...]) -> float:
+        return run.speedup(dict.fromkeys(choice, config["format"]))
+
+    def least(choice: tuple[str, ...]) -> bool:
+        without = [speedup(choice[:i] + choice[i + 1 :]) for i in range(len(choice))]
+        return any(max(without) < target <= speedup(choice) for target in targets)
+
+    assert all(least(choice) for choice in listed)
+    if layers <= 8:
+        known = (c for k in range(1, layers + 1) for c in combinations(workload.quantizable, k))
+        assert {choice for choice in known if least(choice)} == listed
 
 
 def test_the_demonstration_is_shipped() -> None:

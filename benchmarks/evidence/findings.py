@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 
 from dpquant.statistics import Sample, sample
 
-from . import chips, variance_tables
-from .files import Evidence, average
+from . import chips, operand_tables, variance_tables
+from .choices import every_choice, folded, known_choices
+from .files import Evidence, Settings, average
 from .glance import SUBJECTS, at_equal_time
 from .markdown import difference, interval, verdict
-from .sweep_tables import PUBLISHED, TITLES, every_choice, probe_costs, scheduler_averages
+from .sweep_tables import PUBLISHED, TITLES, probe_costs, scheduler_averages
 
 DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text"}
-LAYERS = {"fashion": 4, "cifar10": 8}
 SEEDS = 3
 """Fewer say nothing here: of two, a narrow interval is chance."""
 
@@ -35,11 +35,51 @@ def compared(
                 yield subject, comparison.estimator, value
 
 
-def _span(values: list[tuple[str, Sample]]) -> str:
+Told = list[tuple[str, Sample]]
+"""Differences, each with its place."""
+
+
+def _span(values: Told) -> str:
     """The least and the most of several differences, each with its interval and its place."""
     ordered = sorted(values, key=lambda one: one[1].mean or 0.0)
-    ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
-    return " to ".join(f"{difference(value)} points on {name}" for name, value in ends)
+    (here, least), (there, most) = ordered[0], ordered[-1]
+    if len(ordered) == 1:
+        return f"{difference(least)} points on {here}"
+    place = "" if here == there else f" points on {here}"
+    return f"{difference(least)}{place} to {difference(most)} points on {there}"
+
+
+def _shown(values: Told, sign: int) -> Told:
+    return [one for one in values if one[1].sign == sign]
+
+
+def _by(values: Told) -> str:
+    return f" (by {_span(values)})" if values else ""
+
+
+def _against(values: Told, other: str) -> str:
+    """In how many comparisons something is better and worse than ``other``."""
+    better, worse = _shown(values, 1), _shown(values, -1)
+    text = f"better than {other} in {len(better)} of {len(values)} comparisons{_by(better)} and worse in {len(worse)}"
+    return text + _by(worse)
+
+
+def _open(values: Told) -> str:
+    """What the comparisons that show nothing leave possible."""
+    undecided = [value for _, value in _shown(values, 0)]
+    if not undecided:
+        return ""
+    low, high = min(v.low or 0.0 for v in undecided), max(v.high or 0.0 for v in undecided)
+    text = f"; no difference is shown in {len(undecided)}, whose intervals lie between"
+    return f"{text} {100 * low:+.2f} and {100 * high:+.2f}"
+
+
+def _helps(values: Told) -> str:
+    """In a word; of twenty comparisons one shows something by chance alone."""
+    better = len(_shown(values, 1))
+    if not better:
+        return "is not shown to help"
+    return "helps in some places" if 2 * better < len(values) else "helps"
 
 
 def _scheduling(found: Mapping[str, Evidence]) -> str:
@@ -47,7 +87,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
     which, when = _which(found), _when(found)
     if not which and not when:
         return " ".join([*said, "There are too few seeds yet to say anything."])
-    said += which + when + _cooldown(found) + _every_choice(found)
+    said += which + when + _cooldown(found) + _every_choice(found) + _fresh(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
         if cost.sign and cost.n >= SEEDS:
             said.append(
@@ -59,20 +99,23 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
 
 
 def _which(found: Mapping[str, Evidence]) -> list[str]:
-    """Which layers: drawn anew, or by sensitivity, against one fixed choice."""
-    values = [(f"{s} ({name})", v) for s in ("pls", "dpquant") for name, _, v in _free(found, s)]
-    if not values:
-        return []
-    better = [one for one in values if one[1].sign == 1]
-    worse = [one for one in values if one[1].sign == -1]
-    text = (
-        f"Changing *which* layers are quantized {_helps(better, values)}: drawn anew every epoch (`pls`), or "
-        "preferring those that gradients released anyway found insensitive (`dpquant`), they are shown to be better "
-        f"than one fixed random choice (`static`) in {len(better)} of {len(values)} comparisons"
+    """Which layers: drawn anew against one fixed choice; by sensitivity against both."""
+    drawn, preferred, over_static = (
+        [(name, value) for name, estimator, value in compared(found, *pair) if estimator != "probe"]
+        for pair in (("pls", "static"), ("dpquant", "pls"), ("dpquant", "static"))
     )
-    text += "".join(f", by {difference(v)} points for {name}" for name, v in better)
-    text += f", and worse in {len(worse)}." if worse else ", and worse in none."
-    told = [text]
+    told = []
+    if drawn:
+        told.append(
+            f"Changing *which* layers are quantized {_helps(drawn)} by itself: drawing them anew every epoch (`pls`) "
+            f"is {_against(drawn, 'one fixed random choice (`static`)')}{_open(drawn)}."
+        )
+    if preferred and over_static:
+        told.append(
+            "Preferring layers that were found insensitive in gradients that are released anyway (`dpquant`) "
+            f"{_helps(preferred)}: it is {_against(preferred, '`pls`')}, and {_against(over_static, '`static`')}."
+        )
+    told += _preference(found)
     told += [
         f"dpquant with the private probe less static is {verdict(v)}: {difference(v)} on {name}."
         for name, v in (
@@ -82,15 +125,20 @@ def _which(found: Mapping[str, Evidence]) -> list[str]:
     return told
 
 
-def _helps(better: list[tuple[str, Sample]], values: list[tuple[str, Sample]]) -> str:
-    """In a word; of twenty comparisons one is better by chance alone."""
-    if not better:
-        return "is not shown to help"
-    return "hardly helps" if 10 * len(better) < len(values) else "helps"
-
-
-def _free(found: Mapping[str, Evidence], scheduler: str) -> Iterator[tuple[str, str | None, Sample]]:
-    return (one for one in compared(found, scheduler, "static") if one[1] != "probe")
+def _preference(found: Mapping[str, Evidence]) -> list[str]:
+    """How strongly it prefers, against not at all."""
+    if "cifar10_beta" not in found:
+        return []
+    evidence = found["cifar10_beta"]
+    values = [(p["schedule.beta"], v) for p, v in _changes(evidence)]
+    if not values:
+        return []
+    better, worse = (sum(v.sign == sign for _, v in values) for sign in (1, -1))
+    strengths = ", ".join(f"{difference(v)} points at {beta:g}" for beta, v in values)
+    return [
+        "On ResNet-18 at equal modelled time that preference is shown to be better than none (`beta` 0) at "
+        f"{better} of {len(values)} strengths and worse at {worse}: {strengths}."
+    ]
 
 
 def _when(found: Mapping[str, Evidence]) -> list[str]:
@@ -98,19 +146,11 @@ def _when(found: Mapping[str, Evidence]) -> list[str]:
     values = [(name, v) for name, _, v in compared(found, "annealed", "static", equal_time=False)]
     if not values:
         return []
-    better = [one for one in values if one[1].sign == 1]
-    open_ = [v for _, v in values if v.sign == 0]
-    text = (
-        f"Changing *when* {_helps(better, values)}: with as many layers times epochs, all of them quantized at first "
-        f"and none at the end (`annealed`) is better than `static` in {len(better)} of {len(values)} comparisons"
-    )
-    text += f", by {_span(better)}" if better else ""
-    if open_:
-        low, high = min(v.low or 0.0 for v in open_), max(v.high or 0.0 for v in open_)
-        text += f"; no difference is shown in {len(open_)}, whose intervals lie between {100 * low:+.2f} and "
-        text += f"{100 * high:+.2f}"
+    said = [
+        f"Changing *when* {_helps(values)}: with as many layers times epochs, all of them quantized at first and none "
+        f"at the end (`annealed`) is {_against(values, '`static`')}{_open(values)}."
+    ]
     reverse = [v for _, _, v in compared(found, "annealed", "delayed")]
-    said = [text + "."]
     if reverse:
         worse = sum(v.sign == 1 for v in reverse)
         said.append(f"The reverse order (`delayed`) is shown to be worse than it in {worse} of {len(reverse)}.")
@@ -118,37 +158,68 @@ def _when(found: Mapping[str, Evidence]) -> list[str]:
 
 
 def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
-    """At equal modelled time: the layers that save most, and none of them in the last fifth."""
+    """At equal modelled time: the layers that save most, and none of them at the end."""
+    values = [(name, v) for name, _, v in compared(found, "cooldown", "static", equal_time=True)]
+    if not values:
+        return []
     greedy = {name: v for name, _, v in compared(found, "cooldown", "greedy", equal_time=True)}
+    better, worse = (len(_shown(values, sign)) for sign in (1, -1))
     parts = [
         f"{difference(v)} on {name}" + (f" (less `greedy` {difference(greedy[name])})" if name in greedy else "")
-        for name, _, v in compared(found, "cooldown", "static", equal_time=True)
+        for name, v in values
     ]
-    if not parts:
-        return []
     return [
-        "At equal modelled time, the layers that save most time and none in the last fifth of the run (`cooldown`) "
-        f"gain on `static`: {'; '.join(parts)}. Such schedules need no measurement, and so cost no privacy."
+        "At equal modelled time, the layers that save most time at first, and none as soon as the target allows "
+        "(`cooldown`), are shown to be "
+        f"better than `static` in {better} of {len(values)} and worse in {worse}: {'; '.join(parts)}. Such "
+        "schedules need no measurement, and so cost no privacy."
     ]
 
 
 def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
-    """Annealed against each fixed choice of as many layers."""
+    """A schedule against each fixed choice of as many layers, and another against each that reaches its speedup."""
     said = []
-    for key, layers in LAYERS.items():
-        if f"{key}_main" not in found or f"{key}_subsets" not in found:
+    for equal_time, scheduler, like in (
+        (False, "annealed", "of as many layers that were trained"),
+        (True, "cooldown", "that were trained and reach the same modelled speedup"),
+    ):
+        values = [
+            (choices.subject, value)
+            for choices in known_choices(found, equal_time=equal_time)
+            for *_, value in every_choice(choices, scheduler)
+            if value.n >= SEEDS and not choices.fresh
+        ]
+        if not values:
             continue
-        against = [value for *_, value in every_choice(found[f"{key}_main"], found[f"{key}_subsets"], layers)]
-        against = [value for value in against if value.n >= SEEDS and value.mean is not None]
-        if not against:
-            continue
-        better, worse = (sum(value.sign == sign for value in against) for sign in (1, -1))
-        least = min(against, key=lambda value: value.mean or 0.0)
-        said.append(
-            f"On {DATA[key]}, of the {len(against)} fixed choices of as many layers that were trained `annealed` is "
-            f"shown to be better than {better} and worse than {worse}; the least that it gains on one is "
-            f"{difference(least)} points."
+        better, worse, undecided = (_shown(values, sign) for sign in (1, -1, 0))
+        parts = ", ".join(
+            f"{sum(name == place for name, _ in better)} of {sum(name == place for name, _ in values)} on {place}"
+            for place in dict.fromkeys(name for name, _ in values)
         )
+        text = f"Of the {len(values)} fixed choices {like}, `{scheduler}` is shown to be better than "
+        text += f"{len(better)} ({parts}){f', by {_span(better)},' if better else ''} and worse than "
+        text += f"{len(worse)}{_by(worse)}"
+        if undecided:
+            text += f"; for {len(undecided)} no difference is shown ({_span(undecided)})"
+        said.append(text + ".")
+    return said
+
+
+def _fresh(found: Mapping[str, Evidence]) -> list[str]:
+    """On seeds that nothing was chosen on."""
+    said = []
+    for choices in known_choices(found, equal_time=True):
+        against = [
+            (f"[{folded(fixed['schedule.layers'])}]", value)
+            for _, fixed, value in every_choice(choices, "cooldown")
+            if value.n >= SEEDS and choices.fresh
+        ]
+        against += [
+            ("`greedy`", v) for n, _, v in compared(found, "cooldown", "greedy") if against and n == choices.subject
+        ]
+        parts = "; ".join(f"less {name} {difference(value)} points, {verdict(value)}" for name, value in against)
+        if parts:
+            said.append(f"On {choices.subject}, which nothing was chosen on, `cooldown` {parts}.")
     return said
 
 
@@ -179,7 +250,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 costs.append((lost.mean, f"{settings['format']} {difference(lost)}"))
         if costs:
             said.append(
-                f"On {DATA[key]} each format, all layers in it, loses against full precision: "
+                f"On {DATA[key]} each format, all layers in it, less full precision: "
                 f"{', '.join(text for _, text in sorted(costs))} points."
             )
         for settings in evidence.points(scheduler="annealed"):
@@ -187,10 +258,30 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
             lost = average(evidence, [(settings, full)]) if full is not None else sample([])
             if settings["format"] == "nvfp4" and lost.n >= SEEDS:
                 said.append(f"Format and schedule add up: nvfp4, annealed: {difference(lost)} points.")
-    said += [variance_tables.sentence(), *_settings(found)]
+    said += [*_accumulation(found), variance_tables.sentence(), operand_tables.sentence(SEEDS), *_settings(found)]
     if anchors := _anchors(found):
         said.append(f"Full precision itself is as published: {anchors}.")
     return " ".join(part for part in said if part)
+
+
+def _accumulation(found: Mapping[str, Evidence]) -> list[str]:
+    """What the chips' own accumulation changes beside float32's."""
+    if "fashion_accumulate" not in found:
+        return []
+    parts = [
+        f"{difference(v)} points in {p['format']} on {p['hardware.profile']} ({verdict(v)})"
+        for p, v in _changes(found["fashion_accumulate"])
+    ]
+    text = "Accumulating as the chips do, bit for bit, less doing so in float32, on Fashion-MNIST:"
+    return [f"{text} {', '.join(parts)}."] if parts else []
+
+
+def _changes(evidence: Evidence) -> Iterator[tuple[Settings, Sample]]:
+    """Every point that is another than the one it is compared with, and what it gains on that, of enough seeds."""
+    for point in evidence.sweep.points.values():
+        other = evidence.sweep.compared_with(point)
+        if other is not None and other != point and (value := evidence.compared(point, other)).n >= SEEDS:
+            yield point, value
 
 
 def _settings(found: Mapping[str, Evidence]) -> list[str]:
@@ -198,11 +289,7 @@ def _settings(found: Mapping[str, Evidence]) -> list[str]:
     said = []
     for name, evidence in found.items():
         key, _, kind = name.partition("_")
-        if kind not in ("ablation", "beta"):
-            continue
-        known = list(evidence.sweep.points.values())
-        pairs = [(p, other) for p in known if (other := evidence.sweep.compared_with(p)) is not None and other != p]
-        values = [v for p, other in pairs if (v := average(evidence, [(p, dict(other))])).n >= SEEDS]
+        values = [value for _, value in _changes(evidence)] if kind == "ablation" else []
         if values:
             clear = sum(bool(value.sign) for value in values)
             low, high = min(v.low or 0.0 for v in values), max(v.high or 0.0 for v in values)

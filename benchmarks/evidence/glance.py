@@ -26,6 +26,7 @@ SUBJECTS = {
     "cifar10_nonprivate": "CIFAR-10's CNN without privacy",
     "fashion_time": "Fashion-MNIST's CNN",
     "cifar10_time": "CIFAR-10's CNN",
+    "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
     "cifar10_deep": "ResNet-50 and DenseNet-121 on CIFAR-10",
 }
@@ -79,7 +80,7 @@ _MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
 def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str | None) -> Line | None:
     wanted = {goal: value} | ({"name": model} if model is not None else {})
     trained = {
-        scheduler: {_rest(p): p for p in _of(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
+        scheduler: {_rest(p): p for p in schedules(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
         for scheduler in SCHEDULERS
     }
     trained = {scheduler: points for scheduler, points in trained.items() if points}
@@ -114,7 +115,8 @@ def _budget(evidence: Evidence) -> str:
     return "none" if epsilon is None else f"{epsilon:g}"
 
 
-def _of(evidence: Evidence, scheduler: str, wanted: Mapping[str, object]) -> list[Settings]:
+def schedules(evidence: Evidence, scheduler: str, wanted: Mapping[str, object]) -> list[Settings]:
+    """The points of a scheduler; where the estimator is varied, with the free one if it uses any."""
     estimator = {}
     if "analysis.estimator" in evidence.sweep.keys:
         estimator = {"estimator": "released" if scheduler == "dpquant" else "probe"}

@@ -36,3 +36,25 @@ def operands() -> str:
             body.append([*row, difference(tensor), verdict(tensor)])
     titles = ["data", "format", "full precision, %", "forward only, points", "backward only", "both"]
     return table([*titles, "per tensor less per example", ""], body, range(2, 7)) if body else ""
+
+
+def sentence(seeds: int) -> str:
+    """LUQ-FP4 in either operands, and its scales per tensor, in accuracy; empty for fewer than ``seeds``."""
+    fmt = "luq_fp4"
+    parts, tensors = [], []
+    for task, name in TASKS.items():
+        found = accuracies(task)
+        operands, scales = (
+            paired(found.get((fmt, here), {}), found.get((fmt, there), {}))
+            for here, there in (("forward", "backward"), ("both, per tensor", "both"))
+        )
+        if min(operands.n, scales.n) >= seeds:
+            parts.append(f"{difference(operands)} points on {name} ({verdict(operands)})")
+            tensors.append(f"{difference(scales)} on {name} ({verdict(scales)})")
+    if not parts:
+        return ""
+    return (
+        f"In accuracy, LUQ-FP4 in the forward operands alone less in the output gradients alone: {', '.join(parts)}; "
+        f"one scale per tensor less one per example: {', '.join(tensors)}, but such scales leave clipping nothing to "
+        "bound."
+    )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpquant.statistics import Sample, paired, sample
+from dpquant.statistics import Sample, sample
 from dpquant.sweep import Outcome, outcomes, short_names
 
 from .files import Evidence, Settings, average
@@ -25,8 +24,12 @@ TITLES = {
     "digits_schedulers": "Schedulers on the digits, the demonstration",
     "fashion_subsets": "Every fixed choice of three of Fashion-MNIST's four layers",
     "cifar10_subsets": "Every fixed choice of seven of CIFAR-10's eight layers",
+    "fashion_time_subsets": "Every fixed choice of Fashion-MNIST's four layers that reaches the same speedups",
+    "cifar10_time_subsets": "Every fixed choice of CIFAR-10's eight layers that reaches the same speedups",
+    "cifar10_resnet18_subsets": "Fixed choices of ResNet-18's 21 layers that reach the same speedup",
     "fashion_time": "Schedulers on Fashion-MNIST at equal modelled time",
     "cifar10_time": "Schedulers on CIFAR-10 at equal modelled time",
+    "cifar10_time_fresh": "CIFAR-10 at equal modelled time on fresh seeds",
     "fashion_rates": "Other learning rates on Fashion-MNIST",
     "cifar10_rates": "Other learning rates on CIFAR-10",
     "cifar10_epsilon3": "Schedulers on CIFAR-10 in the published setting",
@@ -147,101 +150,6 @@ def anchors(found: Mapping[str, Evidence]) -> str:
     )
 
 
-# --- best static choice, known beforehand
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The fixed choice that did best on some seeds, and what a scheduler gains on it on others."""
-
-    layers: list[str]
-    accuracy: Sample
-    settings: Settings
-    difference: Sample
-
-
-def best_choices(main: Evidence, subsets: Evidence, layers: int) -> Iterator[Best]:
-    """Of each size, the best fixed choice on the first half of the seeds, against every scheduler on the second."""
-    seeds = sorted({run.seed for run in subsets.sweep.runs})
-    choosing, judging = seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
-    for count in range(1, layers + 1):
-        fixed = [p for p in subsets.sweep.points.values() if len(p["schedule.layers"]) == count]
-        scores = {i: _over(subsets.accuracies(p), choosing) for i, p in enumerate(fixed)}
-        if len(fixed) < 2 or any(score is None for score in scores.values()):
-            continue
-        epsilon = fixed[0]["privacy.target_epsilon"]
-        best = fixed[max(scores, key=lambda i: (scores[i] or 0.0, -i))]
-        own = {s: a for s, a in subsets.accuracies(best).items() if s in judging}
-        for settings in main.points(target_epsilon=epsilon):
-            if settings["schedule.scheduler"] == "full" or round(settings["schedule.fraction"] * layers) != count:
-                continue
-            theirs = {s: a for s, a in main.accuracies(settings).items() if s in judging}
-            yield Best(
-                layers=best["schedule.layers"],
-                accuracy=sample(list(own.values())),
-                settings=settings,
-                difference=paired(theirs, own),
-            )
-
-
-def best_static(main: Evidence, subsets: Evidence, layers: int) -> str:
-    """The best fixed choice of each size, chosen on the first half of the seeds and judged on the second."""
-    rows = [
-        [
-            f"{len(best.layers)} of {layers}",
-            ", ".join(best.layers),
-            mean(best.accuracy),
-            f"`{_scheduler(best.settings)}`",
-            difference(best.difference),
-            verdict(best.difference),
-        ]
-        for best in best_choices(main, subsets, layers)
-    ]
-    titles = ["layers", "best fixed choice", "its accuracy, %", "scheduler", "scheduler less choice, points", ""]
-    return table(titles, rows, right=(2, 4)) if rows else "Not enough runs yet."
-
-
-def every_choice(main: Evidence, subsets: Evidence, layers: int) -> Iterator[tuple[Settings, Settings, Sample]]:
-    """Annealed, each fixed choice of as many layers, and what annealed gains on it over the seeds that both have."""
-    for annealed in main.points(scheduler="annealed"):
-        for fixed in subsets.sweep.points.values():
-            same_budget = annealed["privacy.target_epsilon"] == fixed["privacy.target_epsilon"]
-            if same_budget and len(fixed["schedule.layers"]) == round(annealed["schedule.fraction"] * layers):
-                versus = paired(main.accuracies(annealed), subsets.accuracies(fixed))
-                if versus.n:
-                    yield annealed, fixed, versus
-
-
-def every_choice_table(main: Evidence, subsets: Evidence, layers: int) -> str:
-    """Annealed against each fixed choice of as many layers, with the modelled speedup of both."""
-    rows = [
-        [
-            ", ".join(fixed["schedule.layers"]),
-            mean(sample(list(subsets.accuracies(fixed).values()))),
-            times(subsets.speedup(fixed)),
-            mean(sample(list(main.accuracies(annealed).values()))),
-            times(main.speedup(annealed)),
-            f"{versus.n}",
-            difference(versus),
-            verdict(versus),
-        ]
-        for annealed, fixed, versus in every_choice(main, subsets, layers)
-    ]
-    titles = ["fixed choice", "its accuracy, %", "speedup, peak", "annealed, %", "speedup, peak", "seeds"]
-    titles += ["annealed less choice, points", ""]
-    return table(titles, rows, right=range(1, 7)) if rows else "Not enough runs yet."
-
-
-def _scheduler(settings: Settings) -> str:
-    name = str(settings["schedule.scheduler"])
-    return f"{name}, {settings['analysis.estimator']}" if name == "dpquant" else name
-
-
-def _over(accuracies: Mapping[int, float], seeds: list[int]) -> float | None:
-    values = [accuracies[s] for s in seeds if s in accuracies]
-    return math.fsum(values) / len(values) if values else None
-
-
 # --- what the schedulers come to, over all settings of a sweep
 
 
@@ -278,7 +186,7 @@ COMPARISONS = (
     Comparison(scheduler="annealed", short="annealed", said="all at first, none at the end (annealed) less static"),
     Comparison(
         scheduler="cooldown", short="cooldown",
-        said="what saves most time, none in the last fifth (cooldown) less static",
+        said="what saves most time at first, none at the end (cooldown) less static",
     ),
     Comparison(scheduler="delayed", short="delayed", said="none at first, all at the end (delayed) less static"),
     Comparison(
