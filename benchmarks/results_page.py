@@ -130,7 +130,9 @@ GROUPS = (
         (
             "cifar10_resnet18_main",
             "cifar10_resnet18",
+            "cifar10_resnet18_fresh",
             "fashion_resnet18",
+            "fashion_resnet18_time",
             "cifar10_deep",
             "cifar10_vit",
             "words_main",

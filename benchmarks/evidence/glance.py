@@ -28,6 +28,8 @@ SUBJECTS = {
     "cifar10_time": "CIFAR-10's CNN",
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
+    "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
+    "fashion_resnet18_time": "ResNet-18 on Fashion-MNIST",
     "cifar10_deep": "ResNet-50 and DenseNet-121 on CIFAR-10",
 }
 """In the order in which they are told; those of equal modelled time last."""
@@ -67,8 +69,8 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
         models = {p.get("model.name"): None for p in evidence.sweep.points.values()}
         for model in models:
             own = subject if len(models) == 1 else f"{_MODELS.get(str(model), str(model))} on CIFAR-10"
-            values = {p[f"schedule.{goal}"] for p in evidence.points(scheduler="static")}
-            for value in sorted(values):
+            own_points = [p for p in evidence.sweep.points.values() if p["schedule.scheduler"] != "full"]
+            for value in sorted({p[f"schedule.{goal}"] for p in own_points} - {None}):
                 line = _line(evidence, own, goal, value, model)
                 if line is not None:
                     yield line
@@ -84,10 +86,11 @@ def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str 
         for scheduler in SCHEDULERS
     }
     trained = {scheduler: points for scheduler, points in trained.items() if points}
-    if "static" not in trained:
+    if not trained:
         return None
-    shared = [rest for rest in trained["static"] if all(rest in points for points in trained.values())]
-    settings = [trained["static"][rest] for rest in shared]
+    first = next(iter(trained.values()))
+    shared = [rest for rest in first if all(rest in points for points in trained.values())]
+    settings = [first[rest] for rest in shared]
     fulls = [full for p in settings if (full := evidence.full_precision(p)) is not None]
     if not fulls:
         return None
@@ -115,12 +118,17 @@ def _budget(evidence: Evidence) -> str:
     return "none" if epsilon is None else f"{epsilon:g}"
 
 
+def unused_estimator(evidence: Evidence) -> str | None:
+    """What a sweep that varies the estimator says of schedulers that use none; None: it does not vary it."""
+    said = {p.get("analysis.estimator") for p in evidence.sweep.points.values() if p["schedule.scheduler"] != "dpquant"}
+    return min((estimator for estimator in said if estimator is not None), default=None)
+
+
 def schedules(evidence: Evidence, scheduler: str, wanted: Mapping[str, object]) -> list[Settings]:
     """The points of a scheduler; where the estimator is varied, with the free one if it uses any."""
-    estimator = {}
-    if "analysis.estimator" in evidence.sweep.keys:
-        estimator = {"estimator": "released" if scheduler == "dpquant" else "probe"}
-    return evidence.points(scheduler=scheduler, **wanted, **estimator)
+    unused = unused_estimator(evidence)
+    free = "released" if scheduler == "dpquant" else unused
+    return evidence.points(scheduler=scheduler, **wanted, **({} if unused is None else {"estimator": free}))
 
 
 def _rest(settings: Settings) -> str:

@@ -11,7 +11,7 @@ from dpquant.statistics import Sample, sample
 from dpquant.sweep import Outcome, outcomes, short_names
 
 from .files import Evidence, Settings, average
-from .glance import SUBJECTS
+from .glance import SUBJECTS, unused_estimator
 from .markdown import NONE, difference, interval, mean, table, times, verdict
 
 PUBLISHED = {"fashion_anchor": 86.0, "cifar10_anchor": 59.2}
@@ -42,6 +42,8 @@ TITLES = {
     "words_main": "A transformer on text, DP-Adam",
     "cifar10_finetune": "Fine-tuning on CIFAR-10",
     "cifar10_resnet18": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time",
+    "cifar10_resnet18_fresh": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time on fresh seeds",
+    "fashion_resnet18_time": "ResNet-18 with GroupNorm on Fashion-MNIST at equal modelled time",
     "cifar10_resnet18_main": "ResNet-18 with GroupNorm on CIFAR-10",
     "fashion_resnet18": "ResNet-18 with GroupNorm on Fashion-MNIST",
     "cifar10_beta": "How strongly dpquant prefers, ResNet-18 on CIFAR-10",
@@ -207,14 +209,14 @@ COMPARISONS = (
 def scheduler_averages(evidence: Evidence) -> Iterator[tuple[Comparison, Sample]]:
     """Each comparison of schedulers, averaged over a sweep's settings.
 
-    Sweeps that do not vary the estimator have the free one; those that do say ``probe`` of every other scheduler.
+    Sweeps that do not vary the estimator have the free one; those that do say one of every other scheduler.
     """
-    varied = "analysis.estimator" in evidence.sweep.keys
+    unused = unused_estimator(evidence)
     for comparison in COMPARISONS:
-        if not varied and comparison.estimator == "probe":
+        if unused is None and comparison.estimator == "probe":
             continue
-        wanted = {"estimator": comparison.estimator or "probe"} if varied else {}
-        changed = {"schedule.scheduler": comparison.other} | ({"analysis.estimator": "probe"} if varied else {})
+        wanted = {} if unused is None else {"estimator": comparison.estimator or unused}
+        changed = {"schedule.scheduler": comparison.other} | ({} if unused is None else {"analysis.estimator": unused})
         known = list(evidence.sweep.points.values())
         here = evidence.points(scheduler=comparison.scheduler, **wanted)
         pairs = [(point, there) for point in here if (there := {**point, **changed}) in known]
