@@ -92,7 +92,7 @@ def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str 
     shared = [rest for rest in first if all(rest in points for points in trained.values())]
     settings = [first[rest] for rest in shared]
     fulls = [full for p in settings if (full := evidence.full_precision(p)) is not None]
-    if not fulls:
+    if not any(len(evidence.accuracies(full)) > 1 for full in fulls):
         return None
     lost = {}
     for scheduler, points in trained.items():
