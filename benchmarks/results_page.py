@@ -8,11 +8,11 @@ Every number on the page is computed here from those files, or by the cost model
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from evidence import chips, findings, glance, operand_tables, variance_tables
+from evidence import chips, findings, glance, operand_tables, summary, variance_tables
 from evidence.choices import best_static, every_choice_table, known_choices
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
@@ -50,7 +50,7 @@ GLANCE = """Test accuracy lost against full precision, in points, with as many l
 by every schedule, averaged over the budgets named. `static` draws its layers once, `pls` anew every epoch, `dpquant`
 anew with a preference for layers that were found insensitive in gradients that training releases anyway, `greedy` takes
 those that save most time; `annealed` quantizes all of them in the first epochs and none in the last, `cooldown` those
-that save most time, and none in the last fifth of the run."""
+that save most time, none in the last fifth of the run."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200;
 `cooldown` quantizes the layers that save most time at first, and none as soon as that allows."""
 AVERAGES = """Each row is one comparison averaged over the budgets and fractions of a sweep; a seed's average, over
@@ -170,12 +170,15 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         "## What was found",
         "",
-        "\n\n".join(prose(paragraph) for paragraph in findings.paragraphs(found)),
+        "\n\n".join(prose(paragraph) for paragraph in summary.paragraphs(found)),
         "",
         "## At a glance",
         "",
         *(["![Schedulers against a fixed random choice](results/differences.svg)", ""] * ("differences.svg" in plots)),
         *_glance(found),
+        "## In detail",
+        "",
+        *(f"### {title}\n\n{bullets(told)}\n" for title, told in findings.details(found)),
         "## Full precision against published figures",
         "",
         "Tramer and Boneh (arXiv 2011.11660): the same networks, rates and budgets.",
@@ -252,6 +255,14 @@ def prose(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
+def bullets(told: Iterable[str]) -> str:
+    """A list, in lines of at most 120 characters."""
+    wrap = textwrap.TextWrapper(
+        width=120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(one) for one in told)
+
+
 def _unfinished(found: Mapping[str, Evidence]) -> list[str]:
     said = findings.unfinished(found)
     missing = [TITLES.get(name, name) for name in shipped_sweeps() if name not in found and name != "digits_schedulers"]
@@ -260,7 +271,7 @@ def _unfinished(found: Mapping[str, Evidence]) -> list[str]:
     if not said:
         runs = sum(len(evidence.results) for evidence in found.values())
         said.append(f"Nothing is missing: all {runs} planned runs of the sweeps on this page are done.")
-    return ["", "## What failed, and what is missing", "", *(f"- {line}" for line in (*FAILED, *said))]
+    return ["", "## What failed, and what is missing", "", bullets([*FAILED, *said])]
 
 
 def hours(found: Mapping[str, Evidence]) -> str:

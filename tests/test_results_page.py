@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from evidence import chips, choices, findings, glance, operand_tables, plots, sweep_tables  # noqa: E402
+from evidence import chips, choices, findings, glance, operand_tables, plots, summary, sweep_tables  # noqa: E402
 from evidence.files import Evidence, load_all  # noqa: E402
 from evidence.markdown import difference  # noqa: E402
 
@@ -116,6 +116,11 @@ GAIN = {
 }
 
 
+def schedules(found: dict[str, Evidence]) -> str:
+    """What is told of schedules in detail."""
+    return " ".join(findings.details(found)[0][1])
+
+
 def gains(run: Any) -> float:
     wobble = 1e-3 * ((run.seed * 7 + len(run.name)) % 5)
     return 0.6 + GAIN[run.settings["schedule.scheduler"]] + wobble
@@ -123,7 +128,7 @@ def gains(run: Any) -> float:
 
 def test_one_seed_claims_nothing() -> None:
     found = {"cifar10_main": invented("cifar10_main", gains, 1)}
-    text = findings.paragraphs(found)[0]
+    text = schedules(found)
     assert "too few seeds" in text
     assert not re.search(r"\bis (better|worse)", text)
     table = sweep_tables.averages_table(found)
@@ -132,7 +137,7 @@ def test_one_seed_claims_nothing() -> None:
 
 
 def test_a_clear_difference_is_said_with_its_interval() -> None:
-    text = findings.paragraphs({"cifar10_main": invented("cifar10_main", gains, 5)})[0]
+    text = schedules({"cifar10_main": invented("cifar10_main", gains, 5)})
     clear = r"dpquant with the private probe less static is better: \+2\.\d\d \(\+1\.\d\d to \+2\.\d\d\)"
     assert re.search(clear, text)
     assert "less fixed at random (static) is" not in text
@@ -182,7 +187,7 @@ def test_annealed_is_held_against_every_fixed_choice() -> None:
     assert sum("| better |" in line for line in found) == 3
     assert sum("conv2, fc1, fc2" in line and "| worse |" in line for line in found) == 1
     assert all(line.count("1.20x") == 2 for line in found)
-    said = findings.paragraphs(known)[0]
+    said = schedules(known)
     assert (
         "Of the 4 fixed choices of as many layers that were trained, `annealed` is shown to be better than 3 " in said
     )
@@ -212,7 +217,7 @@ def test_choices_are_held_against_the_highest_speedup_that_they_reach() -> None:
     assert [line.split(" | ")[0].removeprefix("| CIFAR-10's CNN, ") for line in lines] == ["1.15x"] * 5 + ["1.31x"] * 3
     assert ["better" in line for line in lines] == [True] * 5 + [False, True, False]
     assert sum("| worse |" in line for line in lines) == 2
-    said = findings.paragraphs({**known, "cifar10_main": invented("cifar10_main", gains, 5)})[0]
+    said = schedules({**known, "cifar10_main": invented("cifar10_main", gains, 5)})
     clear = r"Of the 8 fixed choices that were trained and reach the same modelled speedup, `cooldown` is shown to be "
     assert re.search(clear + r"better than 6 \(6 of 8 on CIFAR-10's CNN\), by .* and worse than 2 \(by -[34]\.", said)
     best = list(choices.best_choices(both[0]))
@@ -263,8 +268,8 @@ def by_hand(values: dict[int, float], others: dict[int, float]) -> tuple[str, st
 
 
 def found_said() -> str:
-    """The first part of the page, in one line."""
-    return " ".join(PAGE.read_text().split("## At a glance")[0].split())
+    """What the page tells in detail, in one line."""
+    return " ".join(PAGE.read_text().split("## In detail")[1].split("## Full precision against")[0].split())
 
 
 EQUAL_TIME = {
@@ -383,22 +388,51 @@ def test_preference_accumulation_and_operands_by_another_hand() -> None:
         assert f"{one} on {name} ({verdict})" in said
 
 
+def test_the_summary_counts_as_the_details_do() -> None:
+    text = " ".join(PAGE.read_text().split("## What was found")[1].split("## At a glance")[0].split())
+    for short, long in (
+        (r"fixed random choice \(`static`\) in (\d+) of (\d+)", r"random choice \(`static`\) in (\d+) of (\d+)"),
+        (r"does better than `pls` in (\d+) of (\d+)", r"better than `pls` in (\d+) of (\d+)"),
+        (r"as many layers in all, in (\d+) of (\d+)", r"\(`annealed`\) is better than `static` in (\d+) of (\d+)"),
+    ):
+        told, counted = re.search(short, text), re.search(long, found_said())
+        assert told
+        assert counted
+        assert told.groups() == counted.groups()
+    told = re.search(r"does better than (\d+) of the (\d+) fixed choices .*?, and worse than (\d+)", text)
+    counted = re.search(
+        r"reach the same modelled speedup, `cooldown` .*? better than (\d+) .*? and worse than (\d+)", found_said()
+    )
+    assert bool(told) == bool(counted)
+    assert not (told and counted) or (told[1], told[3]) == counted.groups()
+    for path, fmt in (("luq_fp4", "LUQ-FP4"), ("nvfp4", "NVFP4")):
+        lines = raw("cifar10_formats")
+        lost, _ = by_hand(of(lines, format=path, scheduler="static", fraction=1.0), of(lines, scheduler="full"))
+        assert f"{fmt} {lost}" in text
+
+
+def test_the_summary_of_few_seeds_claims_nothing() -> None:
+    text = " ".join(summary.paragraphs({"cifar10_main": invented("cifar10_main", gains, 2)})[:2])
+    assert "too few seeds" in text
+    assert "better" not in text
+
+
 def test_what_helps_is_said_only_where_it_does() -> None:
     def when(run: Any) -> float:
         late = run.settings["schedule.scheduler"] in ("annealed", "cooldown")
         return 0.6 + 0.03 * late + 1e-3 * ((run.seed * 7 + len(run.name)) % 5)
 
     names = ("cifar10_main", "cifar10_time", "words_main")
-    said = findings.paragraphs({name: invented(name, when, 5) for name in names})[0]
+    said = schedules({name: invented(name, when, 5) for name in names})
     assert "Changing *which* layers are quantized is not shown to help" in said
     assert "Changing *when* helps" in said
     assert re.search(r"`static` in 2 of 2 comparisons \(by \+[23]\.\d\d .* on .* to \+3\.\d\d", said)
     assert re.search(r"`static` in 1 of 1 and worse in 0: \+[23]\.\d\d .* \(less `greedy` \+[23]\.", said)
     flat = {name: invented(name, lambda run: 0.6 + 1e-3 * ((run.seed * 5 + len(run.name)) % 7), 5) for name in names}
-    said = findings.paragraphs(flat)[0]
+    said = schedules(flat)
     assert "Changing *when* is not shown to help" in said
     two = {name: invented(name, when, 2) for name in names}
-    assert "too few seeds" in findings.paragraphs(two)[0]
+    assert "too few seeds" in schedules(two)
 
 
 def test_the_glance_holds_schedules_to_full_precision_on_what_all_of_them_have() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from dpquant.statistics import Sample, sample
 
-from . import chips, operand_tables, variance_tables
+from . import operand_tables, variance_tables
 from .choices import every_choice, folded, known_choices
 from .files import Evidence, Settings, average
 from .glance import SUBJECTS, at_equal_time
@@ -18,9 +18,9 @@ SEEDS = 3
 """Fewer say nothing here: of two, a narrow interval is chance."""
 
 
-def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
-    """Three of them: scheduling, arithmetic, chips."""
-    return [_scheduling(found), _arithmetic(found), _chips()]
+def details(found: Mapping[str, Evidence]) -> list[tuple[str, list[str]]]:
+    """What was found of schedules and of arithmetic, a list of sentences each."""
+    return [("Schedules", _scheduling(found)), ("Arithmetic", _arithmetic(found))]
 
 
 def compared(
@@ -39,7 +39,7 @@ Told = list[tuple[str, Sample]]
 """Differences, each with its place."""
 
 
-def _span(values: Told) -> str:
+def span(values: Told) -> str:
     """The least and the most of several differences, each with its interval and its place."""
     ordered = sorted(values, key=lambda one: one[1].mean or 0.0)
     (here, least), (there, most) = ordered[0], ordered[-1]
@@ -49,24 +49,25 @@ def _span(values: Told) -> str:
     return f"{difference(least)}{place} to {difference(most)} points on {there}"
 
 
-def _shown(values: Told, sign: int) -> Told:
+def shown(values: Told, sign: int) -> Told:
+    """Those whose interval lies above 0 (1), below it (-1), or holds it (0)."""
     return [one for one in values if one[1].sign == sign]
 
 
 def _by(values: Told) -> str:
-    return f" (by {_span(values)})" if values else ""
+    return f" (by {span(values)})" if values else ""
 
 
 def _against(values: Told, other: str) -> str:
     """In how many comparisons something is better and worse than ``other``."""
-    better, worse = _shown(values, 1), _shown(values, -1)
+    better, worse = shown(values, 1), shown(values, -1)
     text = f"better than {other} in {len(better)} of {len(values)} comparisons{_by(better)} and worse in {len(worse)}"
     return text + _by(worse)
 
 
 def _open(values: Told) -> str:
     """What the comparisons that show nothing leave possible."""
-    undecided = [value for _, value in _shown(values, 0)]
+    undecided = [value for _, value in shown(values, 0)]
     if not undecided:
         return ""
     low, high = min(v.low or 0.0 for v in undecided), max(v.high or 0.0 for v in undecided)
@@ -76,18 +77,17 @@ def _open(values: Told) -> str:
 
 def _helps(values: Told) -> str:
     """In a word; of twenty comparisons one shows something by chance alone."""
-    better = len(_shown(values, 1))
+    better = len(shown(values, 1))
     if not better:
         return "is not shown to help"
     return "helps in some places" if 2 * better < len(values) else "helps"
 
 
-def _scheduling(found: Mapping[str, Evidence]) -> str:
-    said = ["**Does a changing choice of layers save accuracy?**"]
-    which, when = _which(found), _when(found)
-    if not which and not when:
-        return " ".join([*said, "There are too few seeds yet to say anything."])
-    said += which + when + _cooldown(found) + _every_choice(found) + _fresh(found)
+def _scheduling(found: Mapping[str, Evidence]) -> list[str]:
+    said = _which(found) + _when(found)
+    if not said:
+        return ["There are too few seeds yet to say anything."]
+    said += _cooldown(found) + _every_choice(found) + _fresh(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
         if cost.sign and cost.n >= SEEDS:
             said.append(
@@ -95,7 +95,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
                 f"{epsilon:g} it raises the noise multiplier from {free:.2f} to {paid:.2f}, and against the free "
                 f"estimate accuracy changes by {difference(cost)} points."
             )
-    return " ".join(said)
+    return said
 
 
 def _which(found: Mapping[str, Evidence]) -> list[str]:
@@ -163,7 +163,7 @@ def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
     if not values:
         return []
     greedy = {name: v for name, _, v in compared(found, "cooldown", "greedy", equal_time=True)}
-    better, worse = (len(_shown(values, sign)) for sign in (1, -1))
+    better, worse = (len(shown(values, sign)) for sign in (1, -1))
     parts = [
         f"{difference(v)} on {name}" + (f" (less `greedy` {difference(greedy[name])})" if name in greedy else "")
         for name, v in values
@@ -191,16 +191,16 @@ def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
         ]
         if not values:
             continue
-        better, worse, undecided = (_shown(values, sign) for sign in (1, -1, 0))
+        better, worse, undecided = (shown(values, sign) for sign in (1, -1, 0))
         parts = ", ".join(
             f"{sum(name == place for name, _ in better)} of {sum(name == place for name, _ in values)} on {place}"
             for place in dict.fromkeys(name for name, _ in values)
         )
         text = f"Of the {len(values)} fixed choices {like}, `{scheduler}` is shown to be better than "
-        text += f"{len(better)} ({parts}){f', by {_span(better)},' if better else ''} and worse than "
+        text += f"{len(better)} ({parts}){f', by {span(better)},' if better else ''} and worse than "
         text += f"{len(worse)}{_by(worse)}"
         if undecided:
-            text += f"; for {len(undecided)} no difference is shown ({_span(undecided)})"
+            text += f"; for {len(undecided)} no difference is shown ({span(undecided)})"
         said.append(text + ".")
     return said
 
@@ -223,7 +223,8 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
     return said
 
 
-def _anchors(found: Mapping[str, Evidence]) -> str:
+def anchors(found: Mapping[str, Evidence]) -> str:
+    """Full precision beside what was published."""
     parts = []
     for name, published in PUBLISHED.items():
         if name not in found:
@@ -236,8 +237,8 @@ def _anchors(found: Mapping[str, Evidence]) -> str:
     return "; ".join(parts)
 
 
-def _arithmetic(found: Mapping[str, Evidence]) -> str:
-    said = ["**Where does the accuracy go?**"]
+def _arithmetic(found: Mapping[str, Evidence]) -> list[str]:
+    said = []
     for name, evidence in found.items():
         key, _, kind = name.partition("_")
         if kind != "formats":
@@ -258,10 +259,10 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
             lost = average(evidence, [(settings, full)]) if full is not None else sample([])
             if settings["format"] == "nvfp4" and lost.n >= SEEDS:
                 said.append(f"Format and schedule add up: nvfp4, annealed: {difference(lost)} points.")
-    said += [*_accumulation(found), variance_tables.sentence(), operand_tables.sentence(SEEDS), *_settings(found)]
-    if anchors := _anchors(found):
-        said.append(f"Full precision itself is as published: {anchors}.")
-    return " ".join(part for part in said if part)
+    said += [*_accumulation(found), *variance_tables.sentences(), operand_tables.sentence(SEEDS), *_settings(found)]
+    if known := anchors(found):
+        said.append(f"Full precision itself is as published: {known}.")
+    return [part for part in said if part]
 
 
 def _accumulation(found: Mapping[str, Evidence]) -> list[str]:
@@ -298,10 +299,6 @@ def _settings(found: Mapping[str, Evidence]) -> list[str]:
                 f"difference that is shown; the intervals lie between {100 * low:+.2f} and {100 * high:+.2f} points."
             )
     return said
-
-
-def _chips() -> str:
-    return f"**What does it buy?** {chips.sentence()}"
 
 
 def unfinished(found: Mapping[str, Evidence]) -> list[str]:

@@ -93,28 +93,33 @@ def operands() -> str:
     return table(titles, body, range(1, 5))
 
 
-def sentence() -> str:
-    """The one thing that the tables say, with its intervals."""
+def sentences() -> list[str]:
+    """What the tables say, with its intervals."""
     if not lines(PATH):
-        return ""
-    shared = {"kind": "gradient", "method": "dp-sgd", "format": "luq_fp4", "clipped": True}
-    luq = ratio(rows(**shared, operands="forward"), rows(**shared, operands="backward"), "error")
+        return []
     peak = by_seed(rows("law", format="luq_fp4", method="dp-sgd"), lambda r: r["max_exponent"])
     uniform = by_seed(rows("law", format="int4", method="dp-sgd"), lambda r: r["max_exponent"])
     shared = {"kind": "gradient", "operands": "both", "clipped": False, "step": last_step()}
     private = ratio(rows(**shared, method="dp-sgd"), rows(**shared, method="sgd"), "error")
     norm = ratio(*(rows("size", method=m, step=last_step()) for m in ("dp-sgd", "sgd")), "example_norm")
-    return (
-        f"Why: unbiased rounding's variance grows with about the square of the largest magnitude on the uniform grid "
-        f"(exponent {_ci(uniform)}), not on LUQ's logarithmic one ({_ci(peak)}). In LUQ-FP4 it is the forward "
-        "operands, rounded to nearest, that do the harm: the gradient's squared error is "
-        f"{_ci(luq)} times that of quantizing the "
-        f"output gradients alone. After {last_step()} steps of DP-SGD the examples' gradients are {_ci(norm)} times as "
-        f"long as after as many of SGD, and the mean gradient's relative error over all formats is {_ci(private)} "
-        "times SGD's."
-    )
+    return [
+        "Unbiased rounding's variance grows with about the square of the largest magnitude on the uniform grid "
+        f"(exponent {_ci(uniform)}), not on LUQ's logarithmic one (exponent {_ci(peak)}).",
+        f"In LUQ-FP4 it is the forward operands, rounded to nearest, that do the harm: {forward_harm()}.",
+        f"After {last_step()} steps of DP-SGD the examples' gradients are {_ci(norm)} times as long as after as many "
+        f"of SGD, and the mean gradient's relative error over all formats is {_ci(private)} times SGD's.",
+    ]
+
+
+def forward_harm() -> str:
+    """What rounding the forward operands adds to the gradient's error in LUQ-FP4; empty where nothing was measured."""
+    if not lines(PATH):
+        return ""
+    shared = {"kind": "gradient", "method": "dp-sgd", "format": "luq_fp4", "clipped": True}
+    luq = ratio(rows(**shared, operands="forward"), rows(**shared, operands="backward"), "error")
+    return f"the gradient's squared error is {_ci(luq)} times that of quantizing the output gradients alone"
 
 
 def _ci(found: Sample) -> str:
     value = "-" if found.mean is None else f"{found.mean:.2f}"
-    return f"{value}, 95 % {interval(found, 1, 2)}"
+    return f"{value} (95 % {interval(found, 1, 2)})"

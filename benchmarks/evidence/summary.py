@@ -1,0 +1,96 @@
+"""Three paragraphs for a newcomer, whose numbers and verdicts come from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import chips, variance_tables
+from .choices import every_choice, known_choices
+from .files import Evidence
+from .findings import SEEDS, Told, anchors, compared, shown, span
+from .markdown import difference
+
+FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "FP8"}
+
+
+def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
+    """Scheduling, arithmetic, chips."""
+    return [_scheduling(found), _arithmetic(found), f"**What does it buy?** {chips.sentence()}"]
+
+
+def _scheduling(found: Mapping[str, Evidence]) -> str:
+    told = ["**Does a changing choice of layers save accuracy?**"]
+    drawn, preferred, ended = (
+        [(n, v) for n, estimator, v in compared(found, *pair, equal_time=same_time) if estimator != "probe"]
+        for *pair, same_time in (("pls", "static", None), ("dpquant", "pls", None), ("annealed", "static", False))
+    )
+    if not (drawn and ended):
+        return " ".join([*told, "There are too few seeds yet to say anything."])
+    if _better_share(ended) > 0.5 > _better_share(drawn):
+        told.append("*When* layers are quantized matters more than *which*.")
+    told.append(
+        f"Layers drawn anew every epoch (`pls`) do better than one fixed random choice (`static`) in {_counted(drawn)}."
+    )
+    if preferred:
+        told.append(
+            "The paper's scheduler, which prefers layers that were found insensitive (`dpquant`), does better than "
+            f"`pls` in {_counted(preferred)}."
+        )
+    gains = shown(ended, 1)
+    told.append(
+        "Quantizing all layers in the first epochs and none in the last (`annealed`) does better than `static`, of as "
+        f"many layers in all, in {_counted(ended)}{f', by {span(gains)}' if gains else ''}."
+    )
+    return " ".join(told + _best(found))
+
+
+def _best(found: Mapping[str, Evidence]) -> list[str]:
+    """Cooldown against the fixed choices that reach the same speedup."""
+    tried: Told = []
+    fresh: Told = []
+    for choices in known_choices(found, equal_time=True):
+        values = [(choices.subject, v) for *_, v in every_choice(choices, "cooldown") if v.n >= SEEDS]
+        (fresh if choices.fresh else tried).extend(values)
+    if not tried:
+        return []
+    text = (
+        "With the layers that save most time alone, and none at the end (`cooldown`), it does better than "
+        f"{len(shown(tried, 1))} of the {len(tried)} fixed choices of layers that reach the same modelled speedup, and "
+        f"worse than {len(shown(tried, -1))}"
+    )
+    if fresh:
+        text += f"; on seeds that nothing was chosen on, better than the nearest of them in {_counted(fresh)}"
+    return [f"{text}. Such schedules measure nothing, and so cost no privacy."]
+
+
+def _better_share(values: Told) -> float:
+    return len(shown(values, 1)) / len(values)
+
+
+def _counted(values: Told) -> str:
+    return f"{len(shown(values, 1))} of {len(values)} comparisons"
+
+
+def _arithmetic(found: Mapping[str, Evidence]) -> str:
+    told = ["**Where does the accuracy go?**"]
+    if (formats := found.get("cifar10_formats")) is not None:
+        costs = []
+        for name, said in FORMATS.items():
+            here = formats.points(scheduler="static", fraction=1.0, format=name)
+            full = formats.full_precision(here[0]) if here else None
+            lost = formats.compared(here[0], full) if full is not None else None
+            if lost is not None and lost.n >= SEEDS:
+                costs.append(f"{said} {difference(lost)}" + ("" if lost.sign else ", which shows no loss"))
+        if costs:
+            told.append(
+                "Into the number format before the schedule: with all layers of CIFAR-10's CNN in it, points less full "
+                f"precision: {'; '.join(costs)}."
+            )
+    if harm := variance_tables.forward_harm():
+        told.append(
+            "What costs LUQ-FP4, the paper's format, is that weights and activations are rounded to the nearest of few "
+            f"values on the way forward: {harm}."
+        )
+    if known := anchors(found):
+        told.append(f"In full precision accuracy is as published: {known}.")
+    return " ".join(told)
