@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from evidence import chips, findings, glance, operand_tables, summary, variance_tables
+from evidence import chips, claims, findings, glance, operand_tables, summary, variance_tables
 from evidence.choices import best_static, every_choice_table, known_choices
 from evidence.files import ROOT, Evidence, Settings, load_all
 from evidence.markdown import table
@@ -53,6 +53,8 @@ those that save most time; `annealed` quantizes all of them in the first epochs 
 that save most time, none in the last fifth of the run."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200;
 `cooldown` quantizes the layers that save most time at first, and none as soon as that allows."""
+CLAIMS = """DPQuant's claims (arXiv 2509.03472), as far as its abstract and what others wrote of it tell them, beside
+what the runs of this page show. Networks, data and formats are not all the same."""
 AVERAGES = """Each row is one comparison averaged over the budgets and fractions of a sweep; a seed's average, over
 those it has, is one value."""
 PROBES = """What the private probe takes of the budget: the noise multiplier of training without it and with it, and
@@ -176,6 +178,12 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         "",
         *(["![Schedulers against a fixed random choice](results/differences.svg)", ""] * ("differences.svg" in plots)),
         *_glance(found),
+        "## What was said of the method before",
+        "",
+        prose(CLAIMS),
+        "",
+        claims.claims_table(found),
+        "",
         "## In detail",
         "",
         *(f"### {title}\n\n{bullets(told)}\n" for title, told in findings.details(found)),

@@ -254,6 +254,64 @@ def test_the_summary_counts_as_the_details_do() -> None:
         assert f"{fmt} {lost}" in text
 
 
+def claimed(said: str) -> tuple[str, str]:
+    """What was found of a claim, and the verdict."""
+    lines = PAGE.read_text().split("## What was said of the method before")[1].split("\n## ")[0].splitlines()
+    (line,) = (line for line in lines if said in line)
+    _, found, verdict = (cell.strip() for cell in line.strip("|").split(" | "))
+    return found, verdict
+
+
+def test_claims_by_another_hand() -> None:
+    values = [one for name in glance.SUBJECTS if (one := averaged(name, "dpquant", "pls")) is not None]
+    better, worse = ([text for text, verdict in values if verdict == word] for word in ("better", "worse"))
+    found, verdict = claimed("is better than `pls`")
+    assert found.startswith(f"Better in {len(better)} of {len(values)} comparisons")
+    assert all(text in found for text in better)
+    assert verdict == (
+        "in places" if 0 < len(better) < len(values) else "yes" if better else "no" if worse else "not shown"
+    )
+
+    def lost(lines: list[dict[str, Any]], **settings: Any) -> dict[int, float]:
+        full = of(lines, scheduler="full", **{k: v for k, v in settings.items() if k != "fraction"})
+        return {s: a - full[s] for s, a in of(lines, scheduler="static", **settings).items() if s in full}
+
+    found, _ = claimed("costs private training more")
+    private, other = raw("cifar10_main"), raw("cifar10_nonprivate")
+    for share in {line["settings"]["schedule.fraction"] for line in other}:
+        more, _ = by_hand(lost(private, fraction=share, target_epsilon=8.0), lost(other, fraction=share))
+        assert f"the one less the other {more}." in found
+    found, verdict = claimed("2.21 times")
+    main = raw("cifar10_resnet18_main")
+    drawn = of(main, scheduler="dpquant", fraction=0.9, target_epsilon=8.0, estimator="released")
+    less, _ = by_hand(drawn, of(main, scheduler="full", target_epsilon=8.0))
+    assert f"ResNet-18 on CIFAR-10 {less} at " in found
+    losses = re.findall(r"\(([+-][0-9.]+) to ([+-][0-9.]+)\)", found)
+    counts = sum(float(low) > -2 for low, _ in losses), sum(float(high) < -2 for _, high in losses)
+    assert verdict == f"less in {counts[0]}, more in {counts[1]} of {len(losses)}"
+    found, _ = claimed("negligible part of the budget")
+    digits = raw("digits_main")
+    noise = {
+        estimator: max(
+            line["noise_multiplier"] for line in digits
+            if line["settings"]["schedule.scheduler"] == "dpquant" and line["settings"]["privacy.target_epsilon"] == 1.0
+            and line["settings"]["analysis.estimator"] == estimator
+        ) for estimator in ("probe", "released")
+    }  # fmt: skip
+    assert f"{100 * (noise['probe'] / noise['released'] - 1):.1f} % at epsilon 1" in found.split("the digits' CNN")[1]
+    found, _ = claimed("grows with the share")
+    ends = {share: {} for share in (0.5, 0.9)}
+    for share, values_of in ends.items():
+        gains: dict[int, list[float]] = {}
+        for epsilon in (8.0, 4.0, 1.0):
+            point = {"fraction": share, "target_epsilon": epsilon}
+            there = of(private, scheduler="pls", **point)
+            for seed, accuracy in of(private, scheduler="dpquant", estimator="released", **point).items():
+                gains.setdefault(seed, []).append(accuracy - there[seed])
+        values_of.update({seed: statistics.fmean(own) for seed, own in gains.items()})
+    assert f"the last less the first {by_hand(ends[0.9], ends[0.5])[0]}" in found.split("CIFAR-10's CNN")[1]
+
+
 def test_what_readme_and_guides_quote_is_what_was_found() -> None:
     def lost(value: Any) -> str:
         return f"{-100 * value.mean:.1f} ({-100 * value.high:.1f} to {-100 * value.low:.1f})"

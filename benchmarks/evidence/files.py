@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,12 @@ def load_all(folder: Path = RESULTS / "sweeps") -> dict[str, Evidence]:
     return found
 
 
-def average(evidence: Evidence, pairs: list[tuple[Settings, Settings]], *, complete: bool = False) -> Sample:
-    """Paired differences averaged over pairs of points: each seed's mean over the pairs it has is one value.
+Pairs = Sequence[tuple[Settings, Settings]]
+"""Points to compare."""
+
+
+def differences(evidence: Evidence, pairs: Pairs, *, complete: bool = False) -> Accuracies:
+    """Seed -> mean difference in accuracy over the pairs that it has.
 
     ``complete``: of the seeds that have all pairs alone, so that every value is over the same settings.
     """
@@ -93,7 +97,12 @@ def average(evidence: Evidence, pairs: list[tuple[Settings, Settings]], *, compl
         for seed in a.keys() & b.keys():
             by_seed.setdefault(seed, []).append(a[seed] - b[seed])
     needed = len(pairs) if complete else 1
-    return sample([sum(values) / len(values) for _, values in sorted(by_seed.items()) if len(values) >= needed])
+    return {seed: sum(values) / len(values) for seed, values in sorted(by_seed.items()) if len(values) >= needed}
+
+
+def average(evidence: Evidence, pairs: Pairs, *, complete: bool = False) -> Sample:
+    """`differences` over the seeds."""
+    return sample(list(differences(evidence, pairs, complete=complete).values()))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ _MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
 def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str | None) -> Line | None:
     wanted = {goal: value} | ({"name": model} if model is not None else {})
     trained = {
-        scheduler: {_rest(p): p for p in schedules(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
+        scheduler: {rest(p): p for p in schedules(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
         for scheduler in SCHEDULERS
     }
     trained = {scheduler: points for scheduler, points in trained.items() if points}
@@ -131,8 +131,8 @@ def schedules(evidence: Evidence, scheduler: str, wanted: Mapping[str, object]) 
     return evidence.points(scheduler=scheduler, **wanted, **({} if unused is None else {"estimator": free}))
 
 
-def _rest(settings: Settings) -> str:
-    """What of a point is not its schedule."""
+def rest(settings: Settings) -> str:
+    """What of a point is neither its scheduler nor its estimator."""
     return str({k: v for k, v in settings.items() if k not in ("schedule.scheduler", "analysis.estimator")})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from dpquant.statistics import Sample, sample
@@ -54,11 +55,11 @@ def methods() -> str:
     """Size of gradients and their relative quantization variance, by method."""
     step = last_step()
     body = []
-    said = (
+    sizes = (
         ("mean norm of an example's gradient", "example_norm"),
         ("peak over rms of output gradients", "peak_over_rms"),
     )
-    for title, key in said:
+    for title, key in sizes:
         parts = {m: rows("size", method=m, step=step) for m in METHODS}
         body.append([title, *(mean(by_seed(parts[m], lambda r, k=key: r[k]), 1, 2) for m in METHODS)])  # type: ignore[misc]
         body[-1].append(_ratio_cell(ratio(parts["dp-sgd"], parts["sgd"], key)))
@@ -93,21 +94,46 @@ def operands() -> str:
     return table(titles, body, range(1, 5))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is told of the tables.
+
+    Attributes:
+        uniform: power of the largest magnitude that rounding's variance grows with, on the uniform grid.
+        luq: the same on LUQ's grid.
+        norm: an example's gradient under DP-SGD over SGD's.
+        error: the mean gradient's relative error over all formats, likewise.
+    """
+
+    uniform: Sample
+    luq: Sample
+    norm: Sample
+    error: Sample
+
+
+def measured() -> Measured | None:
+    """What the lines come to; None where there are none."""
+    if not lines(PATH):
+        return None
+    powers = [rows("law", format=fmt, method="dp-sgd") for fmt in ("int4", "luq_fp4")]
+    uniform, luq = (by_seed(own, lambda r: r["max_exponent"]) for own in powers)
+    shared = {"kind": "gradient", "operands": "both", "clipped": False, "step": last_step()}
+    error = ratio(rows(**shared, method="dp-sgd"), rows(**shared, method="sgd"), "error")
+    norm = ratio(*(rows("size", method=m, step=last_step()) for m in ("dp-sgd", "sgd")), "example_norm")
+    return Measured(uniform=uniform, luq=luq, norm=norm, error=error)
+
+
 def sentences() -> list[str]:
     """What the tables say, with its intervals."""
-    if not lines(PATH):
+    found = measured()
+    if found is None:
         return []
-    peak = by_seed(rows("law", format="luq_fp4", method="dp-sgd"), lambda r: r["max_exponent"])
-    uniform = by_seed(rows("law", format="int4", method="dp-sgd"), lambda r: r["max_exponent"])
-    shared = {"kind": "gradient", "operands": "both", "clipped": False, "step": last_step()}
-    private = ratio(rows(**shared, method="dp-sgd"), rows(**shared, method="sgd"), "error")
-    norm = ratio(*(rows("size", method=m, step=last_step()) for m in ("dp-sgd", "sgd")), "example_norm")
     return [
         "Unbiased rounding's variance grows with about the square of the largest magnitude on the uniform grid "
-        f"(exponent {_ci(uniform)}), not on LUQ's logarithmic one (exponent {_ci(peak)}).",
+        f"(exponent {said(found.uniform)}), not on LUQ's logarithmic one (exponent {said(found.luq)}).",
         f"In LUQ-FP4 it is the forward operands, rounded to nearest, that do the harm: {forward_harm()}.",
-        f"After {last_step()} steps of DP-SGD the examples' gradients are {_ci(norm)} times as long as after as many "
-        f"of SGD, and the mean gradient's relative error over all formats is {_ci(private)} times SGD's.",
+        f"After {last_step()} steps of DP-SGD the examples' gradients are {said(found.norm)} times as long as after as "
+        f"many of SGD, and the mean gradient's relative error over all formats is {said(found.error)} times SGD's.",
     ]
 
 
@@ -117,9 +143,10 @@ def forward_harm() -> str:
         return ""
     shared = {"kind": "gradient", "method": "dp-sgd", "format": "luq_fp4", "clipped": True}
     luq = ratio(rows(**shared, operands="forward"), rows(**shared, operands="backward"), "error")
-    return f"the gradient's squared error is {_ci(luq)} times that of quantizing the output gradients alone"
+    return f"the gradient's squared error is {said(luq)} times that of quantizing the output gradients alone"
 
 
-def _ci(found: Sample) -> str:
+def said(found: Sample) -> str:
+    """A mean with its interval."""
     value = "-" if found.mean is None else f"{found.mean:.2f}"
     return f"{value} (95 % {interval(found, 1, 2)})"

@@ -1,0 +1,176 @@
+"""What was said of the method before, beside what was found here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from dpquant.statistics import Sample, paired, sample
+
+from . import variance_tables
+from .files import Accuracies, Evidence, Settings, differences
+from .findings import SEEDS, Told, compared, shown
+from .glance import SUBJECTS, rest, schedules
+from .markdown import difference, table, times
+from .sweep_tables import probe_costs
+
+Row = tuple[str, str, str]
+"""What was said, what was found, and in a word."""
+LOSS = 0.02  # points of accuracy, as a share
+
+
+def claims_table(found: Mapping[str, Evidence]) -> str:
+    """A row for each claim that there are enough runs to speak of; empty for none."""
+    rows = [row for part in (_drawn, _preferred, _growth, _private, _gradients, _budget, _loss) for row in part(found)]
+    return table(["said of it", "found here", ""], rows) if rows else ""
+
+
+def _drawn(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    values = _free(found, "pls", "static")
+    if values:
+        said = "Drawing the layers anew every epoch (`pls`) is better than one fixed random choice (`static`)."
+        yield said, f"{_counted(values)}.", _verdict(values)
+
+
+def _preferred(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    values = _free(found, "dpquant", "pls")
+    if values:
+        yield (
+            "Preferring insensitive layers (`dpquant`) is better than `pls`.",
+            f"{_counted(values)}.",
+            _verdict(values),
+        )
+
+
+def _free(found: Mapping[str, Evidence], scheduler: str, other: str) -> Told:
+    return [(name, v) for name, estimator, v in compared(found, scheduler, other) if estimator != "probe"]
+
+
+def _counted(values: Told) -> str:
+    gains = shown(values, 1)
+    places = f" ({', '.join(f'{name} {difference(value)}' for name, value in gains)})" if gains else ""
+    return f"Better in {len(gains)} of {len(values)} comparisons{places}, worse in {len(shown(values, -1))}"
+
+
+def _verdict(values: Told) -> str:
+    better, worse = len(shown(values, 1)), len(shown(values, -1))
+    if better == len(values):
+        return "yes"
+    if better:
+        return "in places"
+    return "no" if worse else "not shown"
+
+
+def _growth(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    """The gain of dpquant on pls by share of the layers."""
+    grown: Told = []
+    parts = []
+    for name, subject in SUBJECTS.items():
+        evidence = found.get(name)
+        if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
+            continue
+        gains: dict[float, Accuracies] = {}
+        for share in sorted({p["schedule.fraction"] for p in evidence.points(scheduler="dpquant")}):
+            there = {rest(p): p for p in schedules(evidence, "pls", {"fraction": share})}
+            here = {rest(p): p for p in schedules(evidence, "dpquant", {"fraction": share})}
+            pairs = [(here[key], there[key]) for key in here.keys() & there.keys()]
+            own = differences(evidence, pairs, complete=True) if pairs else {}
+            if len(own) >= SEEDS:
+                gains[share] = own
+        if len(gains) > 1:
+            least, *_, most = gains.values()
+            grown.append((subject, paired(most, least)))
+            told = ", ".join(f"{difference(sample([*own.values()]))} at {100 * s:.0f} %" for s, own in gains.items())
+            parts.append(f"{subject}: {told}; the last less the first {difference(grown[-1][1])}.")
+    if parts:
+        said = "Its gain on `pls` grows with the share of the layers that is quantized."
+        yield said, " ".join(parts), _verdict(grown)
+
+
+def _private(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    """What quantization costs with privacy and without, as many layers of one network."""
+    private, other = found.get("cifar10_main"), found.get("cifar10_nonprivate")
+    if private is None or other is None:
+        return
+    parts = []
+    costs: Told = []
+    for there in other.points(scheduler="static"):
+        share = there["schedule.fraction"]
+        here = private.points(scheduler="static", fraction=share, target_epsilon=8.0)
+        with_it, without = (_lost(*one) for one in ((private, here[0] if here else None), (other, there)))
+        if min(len(with_it), len(without)) < SEEDS:
+            continue
+        costs.append(("CIFAR-10's CNN", paired(without, with_it)))
+        lost = [difference(sample([*own.values()])) for own in (with_it, without)]
+        parts.append(
+            f"{100 * share:.0f} % of the layers of CIFAR-10's CNN in LUQ-FP4, points less full precision: {lost[0]} at "
+            f"epsilon 8, {lost[1]} without privacy; the one less the other {difference(paired(with_it, without))}."
+        )
+    if parts:
+        yield "Quantization costs private training more than other training.", " ".join(parts), _verdict(costs)
+
+
+def _lost(evidence: Evidence, settings: Settings | None) -> Accuracies:
+    """Seed -> accuracy less full precision's."""
+    full = evidence.full_precision(settings) if settings is not None else None
+    return differences(evidence, [(settings, full)]) if settings is not None and full is not None else {}
+
+
+def _gradients(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    """Sizes of gradients, and what rounding's variance grows with."""
+    del found
+    measured = variance_tables.measured()
+    if measured is None:
+        return
+    norm, uniform, luq = (variance_tables.said(one) for one in (measured.norm, measured.uniform, measured.luq))
+    yield (
+        "An example's gradient is about twice as long in private training.",
+        f"On Fashion-MNIST's CNN it is {norm} times as long after {variance_tables.last_step()} steps.",
+        "yes" if _holds(measured.norm, 2.0) else "not so here",
+    )
+    square = measured.uniform.low is not None and measured.uniform.low > 1.5
+    yield (
+        "Rounding's variance grows with the square of the largest magnitude.",
+        f"On the uniform grid with its power {uniform}, on LUQ's logarithmic grid with its power {luq}.",
+        "nearly, on the uniform grid" if square and not _holds(measured.luq, 2.0) else "see the tables",
+    )
+
+
+def _holds(found: Sample, value: float) -> bool:
+    """Whether the interval does."""
+    return found.low is not None and found.high is not None and found.low <= value <= found.high
+
+
+def _budget(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    rises: dict[str, list[tuple[float, float]]] = {}
+    for name, epsilon, free, paid, _ in probe_costs(found):
+        rises.setdefault(SUBJECTS[name], []).append((epsilon, paid / free - 1))
+    if rises:
+        parts = [
+            f"{subject} {', '.join(f'{100 * rise:.1f} % at epsilon {epsilon:g}' for epsilon, rise in own)}"
+            for subject, own in rises.items()
+        ]
+        known = [rise for own in rises.values() for _, rise in own]
+        small = sum(rise < LOSS for rise in known)
+        verdict = "yes" if small == len(known) else "where data are many" if small else "no"
+        text = f"What the probes of a run add to the noise of its steps: {'; '.join(parts)}."
+        yield "The private measurement of sensitivities takes a negligible part of the budget.", text, verdict
+
+
+def _loss(found: Mapping[str, Evidence]) -> Iterator[Row]:
+    parts, values = [], []
+    for name, subject in SUBJECTS.items():
+        evidence = found.get(name)
+        if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
+            continue
+        for here in schedules(evidence, "dpquant", {"fraction": 0.9}):
+            lost = sample([*_lost(evidence, here).values()])
+            if here.get("privacy.target_epsilon", 8.0) == 8.0 and lost.n >= SEEDS:
+                values.append(lost)
+                parts.append(f"{subject} {difference(lost)} at {times(evidence.speedup(here))}")
+    if parts:
+        less = sum(v.low is not None and v.low > -LOSS for v in values)
+        more = sum(v.high is not None and v.high < -LOSS for v in values)
+        text = "`dpquant`, 90 % of the layers in LUQ-FP4 at epsilon 8, points less full precision, and the speedup by "
+        text += f"a B200's peak rates: {'; '.join(parts)}."
+        said = "At up to 2.21 times the throughput less than 2 points of accuracy are lost."
+        yield said, text, f"less in {less}, more in {more} of {len(values)}"
