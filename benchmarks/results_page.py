@@ -51,7 +51,8 @@ by every schedule, averaged over the budgets named. `static` draws its layers on
 anew with a preference for layers that were found insensitive in gradients that training releases anyway, `greedy` takes
 those that save most time; `annealed` quantizes all of them in the first epochs and none in the last, `cooldown` those
 that save most time, none in the last fifth of the run."""
-GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200;
+GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200, in
+LUQ-FP4 where no other format is named;
 `cooldown` quantizes the layers that save most time at first, and none as soon as that allows."""
 CLAIMS = """DPQuant's claims (arXiv 2509.03472), as far as its abstract and what others wrote of it tell them, beside
 what the runs of this page show. Networks, data and formats are not all the same."""
@@ -136,6 +137,8 @@ GROUPS = (
             "fashion_resnet18",
             "fashion_resnet18_time",
             "cifar10_deep",
+            "cifar10_resnet18_nvfp4",
+            "cifar10_deep_nvfp4",
             "cifar10_vit",
             "words_main",
             "cifar10_finetune",

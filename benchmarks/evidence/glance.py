@@ -31,6 +31,8 @@ SUBJECTS = {
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
     "fashion_resnet18_time": "ResNet-18 on Fashion-MNIST",
     "cifar10_deep": "ResNet-50 and DenseNet-121 on CIFAR-10",
+    "cifar10_resnet18_nvfp4": "ResNet-18 on CIFAR-10 in NVFP4",
+    "cifar10_deep_nvfp4": "ResNet-50 and DenseNet-121 on CIFAR-10 in NVFP4",
 }
 """In the order in which they are told; those of equal modelled time last."""
 
@@ -68,7 +70,7 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
         goal = "target_speedup" if at_equal_time(evidence) else "fraction"
         models = {p.get("model.name"): None for p in evidence.sweep.points.values()}
         for model in models:
-            own = subject if len(models) == 1 else f"{_MODELS.get(str(model), str(model))} on CIFAR-10"
+            own = subject if len(models) == 1 else subject.replace(_DEEP, _MODELS[str(model)])
             own_points = [p for p in evidence.sweep.points.values() if p["schedule.scheduler"] != "full"]
             for value in sorted({p[f"schedule.{goal}"] for p in own_points} - {None}):
                 line = _line(evidence, own, goal, value, model)
@@ -76,6 +78,7 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
                     yield line
 
 
+_DEEP = "ResNet-50 and DenseNet-121"
 _MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
 
 

@@ -48,6 +48,8 @@ TITLES = {
     "fashion_resnet18": "ResNet-18 with GroupNorm on Fashion-MNIST",
     "cifar10_beta": "How strongly dpquant prefers, ResNet-18 on CIFAR-10",
     "cifar10_deep": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10",
+    "cifar10_resnet18_nvfp4": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time in NVFP4",
+    "cifar10_deep_nvfp4": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10 in NVFP4",
 }
 ROOTS = {"fashion": "", "digits": "", "cifar10": " --data-root cifar10", "words": " --data-root words.npz"}
 
