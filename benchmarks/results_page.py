@@ -115,7 +115,7 @@ GROUPS = (
             "digits_main",
         ),
     ),
-    ("Learning rates", ("fashion_rates", "cifar10_rates")),
+    ("Learning rates and quantizers", ("fashion_rates", "cifar10_rates", "cifar10_quantizers")),
     (
         "Fixed choices of layers",
         (

@@ -173,6 +173,20 @@ def test_long_lists_of_layers_are_folded() -> None:
     )
 
 
+def test_other_rates_and_quantizers_are_told_one_by_one() -> None:
+    def accuracy(run: Any) -> float:
+        gain = {"pls": 0.01, "dpquant": 0.03}.get(run.settings["schedule.scheduler"], 0.0)
+        return 0.5 + gain * (1 + (run.settings.get("format") == "fp4")) + 1e-3 * run.seed
+
+    found = {name: invented(name, accuracy, 4) for name in ("cifar10_rates", "cifar10_quantizers")}
+    text = schedules(found)
+    gain, more = "+1.00 (+1.00 to +1.00), +2.00 (+2.00 to +2.00)", "+2.00 (+2.00 to +2.00), +4.00 (+4.00 to +4.00)"
+    told = "`pls` less `static` and `dpquant` less `pls` in points"
+    assert f"hangs on the learning rate, {told}: CIFAR-10, 0.5: {gain}; CIFAR-10, 2.0: {gain}." in text
+    formats = f"CIFAR-10, int4: {gain}; CIFAR-10, fp4: {more}; CIFAR-10, mxfp4: {gain}."
+    assert f"hangs on the quantizer, {told}: {formats}" in text
+
+
 def test_the_summary_of_few_seeds_claims_nothing() -> None:
     text = " ".join(summary.paragraphs({"cifar10_main": invented("cifar10_main", gains, 2)})[:2])
     assert "too few seeds" in text

@@ -115,7 +115,7 @@ def _which(found: Mapping[str, Evidence]) -> list[str]:
             "Preferring layers that were found insensitive in gradients that are released anyway (`dpquant`) "
             f"{_helps(preferred)}: it is {_against(preferred, '`pls`')}, and {_against(over_static, '`static`')}."
         )
-    told += _preference(found)
+    told += _preference(found) + _elsewhere(found)
     told += [
         f"dpquant with the private probe less static is {verdict(v)}: {difference(v)} on {name}."
         for name, v in (
@@ -139,6 +139,33 @@ def _preference(found: Mapping[str, Evidence]) -> list[str]:
         "On ResNet-18 at equal modelled time that preference is shown to be better than none (`beta` 0) at "
         f"{better} of {len(values)} strengths and worse at {worse}: {strengths}."
     ]
+
+
+def _elsewhere(found: Mapping[str, Evidence]) -> list[str]:
+    """Whether what the draw does hangs on the learning rate or the quantizer."""
+    said = []
+    for key, what in (("training.learning_rate", "learning rate"), ("format", "quantizer")):
+        parts = []
+        for name in ("fashion_rates", "cifar10_rates", "cifar10_quantizers"):
+            evidence = found.get(name)
+            values = {p.get(key): None for p in evidence.sweep.points.values()} if evidence is not None else {}
+            for value in values if evidence is not None and len(values) > 1 else ():
+                static, pls, dpquant = (
+                    next(iter(evidence.points(scheduler=s, **{key.split(".")[-1]: value})), None)
+                    for s in ("static", "pls", "dpquant")
+                )
+                if static is None or pls is None or dpquant is None:
+                    continue
+                drawn, preferred = evidence.compared(pls, static), evidence.compared(dpquant, pls)
+                if min(drawn.n, preferred.n) >= SEEDS:
+                    place = f"{DATA[name.split('_')[0]]}, {value}"
+                    parts.append(f"{place}: {difference(drawn)}, {difference(preferred)}")
+        if parts:
+            said.append(
+                f"Whether it hangs on the {what}, `pls` less `static` and `dpquant` less `pls` in points: "
+                f"{'; '.join(parts)}."
+            )
+    return said
 
 
 def _when(found: Mapping[str, Evidence]) -> list[str]:

@@ -23,6 +23,7 @@ SUBJECTS = {
     "cifar10_epsilon3": "CIFAR-10's CNN as published",
     "fashion_rates": "Fashion-MNIST's CNN at other rates",
     "cifar10_rates": "CIFAR-10's CNN at other rates",
+    "cifar10_quantizers": "CIFAR-10's CNN in INT4, E2M1 and MXFP4",
     "cifar10_nonprivate": "CIFAR-10's CNN without privacy",
     "fashion_time": "Fashion-MNIST's CNN",
     "cifar10_time": "CIFAR-10's CNN",

@@ -32,6 +32,7 @@ TITLES = {
     "cifar10_time_fresh": "CIFAR-10 at equal modelled time on fresh seeds",
     "fashion_rates": "Other learning rates on Fashion-MNIST",
     "cifar10_rates": "Other learning rates on CIFAR-10",
+    "cifar10_quantizers": "Other quantizers on CIFAR-10",
     "cifar10_epsilon3": "Schedulers on CIFAR-10 in the published setting",
     "digits_ablation": "Settings of the dpquant scheduler on the digits",
     "fashion_formats": "Formats on Fashion-MNIST",
