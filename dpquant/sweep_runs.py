@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dpquant.config import load_config
 from dpquant.rundir import EpochRecord, RunFolder, take_lock, versions, write_atomic
@@ -40,8 +43,9 @@ def train_sweep(
         sweep: what to run.
         root: the folder of the run folders and of ``results.jsonl``; held by one process at a time.
         jobs: runs at the same time; -1 for one per core.
-        backend: joblib's, for more than one job. ``dask`` and ``ray`` take their scheduler's address from their own
-            settings (``DASK_SCHEDULER_ADDRESS``, ``RAY_ADDRESS``) and need ``root`` on a file system all workers share.
+        backend: joblib's, for more than one job. The processes of ``loky`` are spread over all GPUs. ``dask`` and
+            ``ray`` take their scheduler's address from their own settings (``DASK_SCHEDULER_ADDRESS``, ``RAY_ADDRESS``)
+            and need ``root`` on a file system all workers share.
         time_limit: seconds after which no run is started and those under way stop at the end of their epoch, to be
             gone on with by the next call.
         started: told how many runs already had a result.
@@ -152,6 +156,8 @@ def run_result(run: SweepRun, root: Path, deadline: float = math.inf, owner: int
         earlier = read_results(kept).get(run.name)
         if earlier is not None and earlier.digest == run.config.digest:
             return earlier
+        if owner is not None and run.config["training"]["device"] == "cuda":
+            _take_gpu(root)
         result = SweepResult(**shared, status="done", versions=versions(), **_measured(run, root / run.name, over))
         write_atomic(kept, result.to_json().encode() + b"\n")
     except _OutOfTime:
@@ -164,6 +170,29 @@ def run_result(run: SweepRun, root: Path, deadline: float = math.inf, owner: int
     finally:
         _give_memory_back()
     return result
+
+
+def _take_gpu(root: Path) -> None:
+    """Of several GPUs, has this process use the one that falls to its place among the sweep's processes."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1:
+        torch.cuda.set_device(_place(root)[0] % count)
+
+
+@cache
+def _place(root: Path) -> tuple[int, IO[bytes]]:
+    """The first number that no other process of the sweep holds, and the file that holds it until this one ends."""
+    for place in itertools.count():
+        stream = (root / f"process{place}.lock").open("ab")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+        else:
+            return place, stream
+    raise AssertionError("numbers do not end")
 
 
 def _give_memory_back() -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -604,6 +605,31 @@ def test_runs_share_one_gpu(tmp_path: Path) -> None:
     results = sweep_runs.train_sweep(sweep, tmp_path / "out", jobs=2)
     assert all(result.done for result in results.values()), [result.error for result in results.values()]
     assert all("cpu" not in str(result.device) for result in results.values())
+
+
+def placed(root: Path, answers: Any, barrier: Any) -> None:
+    """A process of a sweep that says where it is, and stays until all have."""
+    torch.cuda.device_count = lambda: 3
+    torch.cuda.set_device = answers.put
+    for _ in range(2):  # of two runs the second stays where the first was
+        sweep_runs._take_gpu(root)
+    barrier.wait(60)
+
+
+def test_processes_are_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("spawn")
+    for count in (4, 1):  # who ends leaves the place to another
+        answers, barrier = context.Queue(), context.Barrier(count)
+        processes = [context.Process(target=placed, args=(tmp_path, answers, barrier)) for _ in range(count)]
+        for process in processes:
+            process.start()
+        found = [answers.get(timeout=60) for _ in range(2 * count)]
+        for process in processes:
+            process.join(60)
+        assert sorted(found) == sorted(2 * [place % 3 for place in range(count)])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", pytest.fail)
+    sweep_runs._take_gpu(tmp_path)
 
 
 @pytest.mark.cuda

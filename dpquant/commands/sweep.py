@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
     parser.add_argument("--out", metavar="DIR", help="folder of runs and of results.jsonl; default: runs/SPEC")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time; -1: one per core")
     parser.add_argument("--backend", default="loky", metavar="NAME", help="of joblib: loky, threading, dask or ray")
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda, for all runs, which then share the one GPU")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda, for all runs, spread over all GPUs")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data set's files, for all runs")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="then stop after the epochs under way; goes on next time"
