@@ -126,7 +126,7 @@ GROUPS = (
             "cifar10_resnet18_subsets",
         ),
     ),
-    ("Settings of the scheduler", ("digits_ablation", "cifar10_beta")),
+    ("Settings of the scheduler", ("digits_ablation", "cifar10_beta", "digits_draw", "cifar10_draw")),
     ("Formats and accumulation", ("fashion_formats", "cifar10_formats", "fashion_accumulate")),
     (
         "Other networks, optimizers and no privacy",

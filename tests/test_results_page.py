@@ -212,6 +212,13 @@ def test_preference_accumulation_and_operands_by_another_hand() -> None:
     assert (
         f"better than none (`beta` 0) at {better} of {len(strengths)} strengths and worse at {worse}: {text}." in said
     )
+    draws = raw("digits_draw")
+    for scheduler in ("pls", "dpquant"):
+        one, verdict = by_hand(
+            of(draws, scheduler=scheduler, fraction=None),
+            of(draws, scheduler=scheduler, fraction=0.75),
+        )
+        assert f"{one} points for `{scheduler}` on the digits ({verdict})" in said
     sums = raw("fashion_accumulate")
     for fmt, chip in (("fp8", "h200"), ("nvfp4", "b200")):
         one, verdict = by_hand(

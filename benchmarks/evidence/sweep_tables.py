@@ -34,6 +34,8 @@ TITLES = {
     "cifar10_rates": "Other learning rates on CIFAR-10",
     "cifar10_quantizers": "Other quantizers on CIFAR-10",
     "cifar10_epsilon3": "Schedulers on CIFAR-10 in the published setting",
+    "digits_draw": "Layers drawn by count or by time, the digits",
+    "cifar10_draw": "Layers drawn by count or by time, CIFAR-10",
     "digits_ablation": "Settings of the dpquant scheduler on the digits",
     "fashion_formats": "Formats on Fashion-MNIST",
     "cifar10_formats": "Formats on CIFAR-10",
