@@ -118,6 +118,7 @@ def found_said() -> str:
 EQUAL_TIME = {
     "fashion_time": "Fashion-MNIST's CNN",
     "cifar10_time": "CIFAR-10's CNN",
+    "digits_time": "the digits' CNN",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",

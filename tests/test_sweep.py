@@ -225,7 +225,12 @@ def test_shipped_sweeps_are_sound(name: str) -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "shape", "layers"),
-    [("fashion_time", (1, 28, 28), 4), ("cifar10_time", (3, 32, 32), 8), ("cifar10_resnet18", (3, 32, 32), 21)],
+    [
+        ("digits_time", (1, 8, 8), 6),
+        ("fashion_time", (1, 28, 28), 4),
+        ("cifar10_time", (3, 32, 32), 8),
+        ("cifar10_resnet18", (3, 32, 32), 21),
+    ],
 )
 def test_fixed_choices_reach_the_speedups_of_the_schedulers(name: str, shape: tuple[int, ...], layers: int) -> None:
     """Each reaches a target and would not without any one of its layers; of small networks they are all such."""

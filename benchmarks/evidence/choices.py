@@ -17,6 +17,7 @@ SUBSETS = {
     "cifar10_main": ("cifar10_subsets", 8),
     "fashion_time": ("fashion_time_subsets", 4),
     "cifar10_time": ("cifar10_time_subsets", 8),
+    "digits_time": ("digits_time_subsets", 6),
     "cifar10_resnet18": ("cifar10_resnet18_subsets", 21),
     "cifar10_time_fresh": ("cifar10_time_fresh", 8),
     "cifar10_resnet18_fresh": ("cifar10_resnet18_fresh", 21),

@@ -28,6 +28,7 @@ SUBJECTS = {
     "fashion_time": "Fashion-MNIST's CNN",
     "cifar10_time": "CIFAR-10's CNN",
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
+    "digits_time": "the digits' CNN",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
     "fashion_resnet18_time": "ResNet-18 on Fashion-MNIST",
