@@ -121,8 +121,9 @@ class Goal:
         worth = sum(saved >= schedule.WORTH * most for saved in modelled.savings.values())
         shortest = schedule.SHORTEST_COOLDOWN
         left = 1 / (self.target_speedup or 1.0) - shortest  # of the run's time in full precision
+        needed = (1 - shortest) / left if left > 0 else math.inf
         for count in range(worth, len(order)):
-            if left > 0 and modelled.speedup(modelled.fraction(order[:count], 1.0).formats) >= (1 - shortest) / left:
+            if modelled.speedup(modelled.fraction(order[:count], 1.0).formats) >= needed:
                 return order[:count]
         return order
 

@@ -462,14 +462,24 @@ def _read_records(path: Path) -> tuple[EpochRecord, ...]:
 def take_lock(path: Path) -> IO[bytes]:
     """Hold the folder until the returned file is closed or the process ends."""
     try:
-        stream = (path / "lock").open("ab")
+        stream = locked(path / "lock")
     except OSError as error:
         raise InputError(f"run folder '{path}' cannot be written: {error.strerror}") from error
+    if stream is None:
+        raise InputError(f"run folder '{path}' is in use by another process", hint="wait for it, or use another folder")
+    return stream
+
+
+def locked(path: Path) -> IO[bytes] | None:
+    """Hold a file until it is closed or the process ends; None where another process holds it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    stream = path.open("ab")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError:
         stream.close()
-        raise InputError(
-            f"run folder '{path}' is in use by another process", hint="wait for it, or use another folder"
-        ) from error
+        return None
     return stream

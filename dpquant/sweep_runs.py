@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import itertools
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dpquant.config import load_config
-from dpquant.rundir import EpochRecord, RunFolder, take_lock, versions, write_atomic
+from dpquant.rundir import EpochRecord, RunFolder, locked, take_lock, versions, write_atomic
 from dpquant.streams import GLOBAL_RANDOM
 from dpquant.sweep import Sweep, SweepRun
 from dpquant.sweep_results import RESULTS, SweepResult, append_result, read_results, write_results
@@ -184,15 +183,8 @@ def _take_gpu(root: Path) -> None:
 @cache
 def _place(root: Path) -> tuple[int, IO[bytes]]:
     """The first number that no other process of the sweep holds, and the file that holds it until this one ends."""
-    for place in itertools.count():
-        stream = (root / f"process{place}.lock").open("ab")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-        else:
-            return place, stream
-    raise AssertionError("numbers do not end")
+    places = ((place, locked(root / f"process{place}.lock")) for place in itertools.count())
+    return next((place, stream) for place, stream in places if stream is not None)
 
 
 def _give_memory_back() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dpquant.statistics import Sample, paired, sample
 
 from . import variance_tables
-from .files import Accuracies, Evidence, Settings, differences
-from .findings import SEEDS, Told, compared, shown
+from .files import Accuracies, Evidence, differences
+from .findings import SEEDS, Told, shown, unprobed
 from .glance import SUBJECTS, rest, schedules
 from .markdown import difference, table, times
 from .sweep_tables import probe_costs
@@ -25,24 +25,20 @@ def claims_table(found: Mapping[str, Evidence]) -> str:
 
 
 def _drawn(found: Mapping[str, Evidence]) -> Iterator[Row]:
-    values = _free(found, "pls", "static")
+    values = unprobed(found, "pls", "static")
     if values:
         said = "Drawing the layers anew every epoch (`pls`) is better than one fixed random choice (`static`)."
         yield said, f"{_counted(values)}.", _verdict(values)
 
 
 def _preferred(found: Mapping[str, Evidence]) -> Iterator[Row]:
-    values = _free(found, "dpquant", "pls")
+    values = unprobed(found, "dpquant", "pls")
     if values:
         yield (
             "Preferring insensitive layers (`dpquant`) is better than `pls`.",
             f"{_counted(values)}.",
             _verdict(values),
         )
-
-
-def _free(found: Mapping[str, Evidence], scheduler: str, other: str) -> Told:
-    return [(name, v) for name, estimator, v in compared(found, scheduler, other) if estimator != "probe"]
 
 
 def _counted(values: Told) -> str:
@@ -96,7 +92,7 @@ def _private(found: Mapping[str, Evidence]) -> Iterator[Row]:
     for there in other.points(scheduler="static"):
         share = there["schedule.fraction"]
         here = private.points(scheduler="static", fraction=share, target_epsilon=8.0)
-        with_it, without = (_lost(*one) for one in ((private, here[0] if here else None), (other, there)))
+        with_it, without = private.lost(here[0]) if here else {}, other.lost(there)
         if min(len(with_it), len(without)) < SEEDS:
             continue
         costs.append(("CIFAR-10's CNN", paired(without, with_it)))
@@ -107,12 +103,6 @@ def _private(found: Mapping[str, Evidence]) -> Iterator[Row]:
         )
     if parts:
         yield "Quantization costs private training more than other training.", " ".join(parts), _verdict(costs)
-
-
-def _lost(evidence: Evidence, settings: Settings | None) -> Accuracies:
-    """Seed -> accuracy less full precision's."""
-    full = evidence.full_precision(settings) if settings is not None else None
-    return differences(evidence, [(settings, full)]) if settings is not None and full is not None else {}
 
 
 def _gradients(found: Mapping[str, Evidence]) -> Iterator[Row]:
@@ -163,7 +153,7 @@ def _loss(found: Mapping[str, Evidence]) -> Iterator[Row]:
         if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
             continue
         for here in schedules(evidence, "dpquant", {"fraction": 0.9}):
-            lost = sample([*_lost(evidence, here).values()])
+            lost = sample([*evidence.lost(here).values()])
             if here.get("privacy.target_epsilon", 8.0) == 8.0 and lost.n >= SEEDS:
                 values.append(lost)
                 parts.append(f"{subject} {difference(lost)} at {times(evidence.speedup(here))}")

@@ -67,6 +67,11 @@ class Evidence:
                 return point
         return None
 
+    def lost(self, settings: Settings) -> Accuracies:
+        """Seed -> accuracy less full precision's; none where that was not trained."""
+        full = self.full_precision(settings)
+        return {} if full is None else differences(self, [(settings, full)])
+
 
 def load_all(folder: Path = RESULTS / "sweeps") -> dict[str, Evidence]:
     """Name -> evidence of every shipped sweep that has a results file."""

@@ -8,7 +8,7 @@ from dpquant.statistics import Sample, sample
 
 from . import operand_tables, variance_tables
 from .choices import every_choice, folded, known_choices
-from .files import Evidence, Settings, average
+from .files import Evidence, Settings
 from .glance import SUBJECTS, at_equal_time
 from .markdown import difference, interval, verdict
 from .sweep_tables import PUBLISHED, TITLES, probe_costs, scheduler_averages
@@ -37,6 +37,12 @@ def compared(
 
 Told = list[tuple[str, Sample]]
 """Differences, each with its place."""
+
+
+def unprobed(found: Mapping[str, Evidence], scheduler: str, other: str, *, equal_time: bool | None = None) -> Told:
+    """What `compared` has, without the private probe."""
+    values = compared(found, scheduler, other, equal_time=equal_time)
+    return [(name, value) for name, estimator, value in values if estimator != "probe"]
 
 
 def span(values: Told) -> str:
@@ -101,8 +107,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> list[str]:
 def _which(found: Mapping[str, Evidence]) -> list[str]:
     """Which layers: drawn anew against one fixed choice; by sensitivity against both."""
     drawn, preferred, over_static = (
-        [(name, value) for name, estimator, value in compared(found, *pair) if estimator != "probe"]
-        for pair in (("pls", "static"), ("dpquant", "pls"), ("dpquant", "static"))
+        unprobed(found, *pair) for pair in (("pls", "static"), ("dpquant", "pls"), ("dpquant", "static"))
     )
     told = []
     if drawn:
@@ -288,8 +293,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> list[str]:
             continue
         costs = []
         for settings in evidence.points(scheduler="static", fraction=1.0):
-            full = evidence.full_precision(settings)
-            lost = average(evidence, [(settings, full)]) if full is not None else sample([])
+            lost = sample([*evidence.lost(settings).values()])
             if lost.n >= SEEDS and lost.mean is not None:
                 costs.append((lost.mean, f"{settings['format']} {difference(lost)}"))
         if costs:
@@ -298,8 +302,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> list[str]:
                 f"{', '.join(text for _, text in sorted(costs))} points."
             )
         for settings in evidence.points(scheduler="annealed"):
-            full = evidence.full_precision(settings)
-            lost = average(evidence, [(settings, full)]) if full is not None else sample([])
+            lost = sample([*evidence.lost(settings).values()])
             if settings["format"] == "nvfp4" and lost.n >= SEEDS:
                 said.append(f"Format and schedule add up: nvfp4, annealed: {difference(lost)} points.")
     said += [*_accumulation(found), *variance_tables.sentences(), operand_tables.sentence(SEEDS), *_settings(found)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dpquant.statistics import sample
+
 from . import chips, variance_tables
 from .choices import every_choice, known_choices
 from .files import Evidence
-from .findings import SEEDS, Told, anchors, compared, shown, span
+from .findings import SEEDS, Told, anchors, shown, span, unprobed
 from .markdown import difference
 
 FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "FP8"}
@@ -21,8 +23,12 @@ def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
 def _scheduling(found: Mapping[str, Evidence]) -> str:
     told = ["**Does a changing choice of layers save accuracy?**"]
     drawn, preferred, ended = (
-        [(n, v) for n, estimator, v in compared(found, *pair, equal_time=same_time) if estimator != "probe"]
-        for *pair, same_time in (("pls", "static", None), ("dpquant", "pls", None), ("annealed", "static", False))
+        unprobed(found, scheduler, other, equal_time=same_time)
+        for scheduler, other, same_time in (
+            ("pls", "static", None),
+            ("dpquant", "pls", None),
+            ("annealed", "static", False),
+        )
     )
     if not (drawn and ended):
         return " ".join([*told, "There are too few seeds yet to say anything."])
@@ -77,9 +83,8 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
         costs = []
         for name, said in FORMATS.items():
             here = formats.points(scheduler="static", fraction=1.0, format=name)
-            full = formats.full_precision(here[0]) if here else None
-            lost = formats.compared(here[0], full) if full is not None else None
-            if lost is not None and lost.n >= SEEDS:
+            lost = sample([*formats.lost(here[0]).values()] if here else [])
+            if lost.n >= SEEDS:
                 costs.append(f"{said} {difference(lost)}" + ("" if lost.sign else ", which shows no loss"))
         if costs:
             told.append(
