@@ -104,8 +104,9 @@ def of(lines: list[dict[str, Any]], **settings: Any) -> dict[int, float]:
 def by_hand(values: dict[int, float], others: dict[int, float]) -> tuple[str, str]:
     """A paired difference as the page writes it and its verdict, with SciPy's Student t."""
     stats = pytest.importorskip("scipy.stats")
-    pairs = [100 * (values[seed] - others[seed]) for seed in sorted(values.keys() & others.keys())]
+    pairs = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     middle, half = statistics.fmean(pairs), stats.sem(pairs) * stats.t.ppf(0.975, len(pairs) - 1)
+    middle, half = 100 * middle, 100 * half  # in this order: halves of a hundredth occur, and round by the last bit
     verdict = "better" if middle > half else "worse" if middle < -half else "no difference shown"
     return f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f})", verdict
 
