@@ -8,10 +8,10 @@ from dpquant.statistics import Sample, paired, sample
 
 from . import variance_tables
 from .files import Accuracies, Evidence, differences
-from .findings import SEEDS, Told, shown, unprobed
 from .glance import SUBJECTS, rest, schedules
 from .markdown import difference, table, times
 from .sweep_tables import probe_costs
+from .told import SEEDS, Told, shown, unprobed
 
 Row = tuple[str, str, str]
 """What was said, what was found, and in a word."""

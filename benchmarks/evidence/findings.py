@@ -6,16 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from dpquant.statistics import Sample, sample
 
-from . import operand_tables, variance_tables
-from .choices import every_choice, folded, known_choices
+from . import endings, operand_tables, variance_tables
 from .files import Evidence, Settings
-from .glance import SUBJECTS, at_equal_time
 from .markdown import difference, interval, verdict
-from .sweep_tables import PUBLISHED, TITLES, probe_costs, scheduler_averages
-
-DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text"}
-SEEDS = 3
-"""Fewer say nothing here: of two, a narrow interval is chance."""
+from .sweep_tables import PUBLISHED, TITLES, probe_costs
+from .told import DATA, SEEDS, Told, by, compared, shown, unprobed
 
 
 def details(found: Mapping[str, Evidence]) -> list[tuple[str, list[str]]]:
@@ -23,52 +18,11 @@ def details(found: Mapping[str, Evidence]) -> list[tuple[str, list[str]]]:
     return [("Schedules", _scheduling(found)), ("Arithmetic", _arithmetic(found))]
 
 
-def compared(
-    found: Mapping[str, Evidence], scheduler: str, other: str, *, equal_time: bool | None = None
-) -> Iterator[tuple[str, str | None, Sample]]:
-    """Subject, estimator and difference of two schedulers in every sweep that has both and enough seeds."""
-    for name, subject in SUBJECTS.items():
-        if name not in found or equal_time not in (None, at_equal_time(found[name])):
-            continue
-        for comparison, value in scheduler_averages(found[name]):
-            if (comparison.scheduler, comparison.other) == (scheduler, other) and value.n >= SEEDS:
-                yield subject, comparison.estimator, value
-
-
-Told = list[tuple[str, Sample]]
-"""Differences, each with its place."""
-
-
-def unprobed(found: Mapping[str, Evidence], scheduler: str, other: str, *, equal_time: bool | None = None) -> Told:
-    """What `compared` has, without the private probe."""
-    values = compared(found, scheduler, other, equal_time=equal_time)
-    return [(name, value) for name, estimator, value in values if estimator != "probe"]
-
-
-def span(values: Told) -> str:
-    """The least and the most of several differences, each with its interval and its place."""
-    ordered = sorted(values, key=lambda one: one[1].mean or 0.0)
-    (here, least), (there, most) = ordered[0], ordered[-1]
-    if len(ordered) == 1:
-        return f"{difference(least)} points on {here}"
-    place = "" if here == there else f" points on {here}"
-    return f"{difference(least)}{place} to {difference(most)} points on {there}"
-
-
-def shown(values: Told, sign: int) -> Told:
-    """Those whose interval lies above 0 (1), below it (-1), or holds it (0)."""
-    return [one for one in values if one[1].sign == sign]
-
-
-def _by(values: Told) -> str:
-    return f" (by {span(values)})" if values else ""
-
-
 def _against(values: Told, other: str) -> str:
     """In how many comparisons something is better and worse than ``other``."""
     better, worse = shown(values, 1), shown(values, -1)
-    text = f"better than {other} in {len(better)} of {len(values)} comparisons{_by(better)} and worse in {len(worse)}"
-    return text + _by(worse)
+    text = f"better than {other} in {len(better)} of {len(values)} comparisons{by(better)} and worse in {len(worse)}"
+    return text + by(worse)
 
 
 def _open(values: Told) -> str:
@@ -93,7 +47,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> list[str]:
     said = _which(found) + _when(found)
     if not said:
         return ["There are too few seeds yet to say anything."]
-    said += _cooldown(found) + _every_choice(found) + _fresh(found)
+    said += endings.sentences(found)
     for name, epsilon, free, paid, cost in probe_costs(found):
         if cost.sign and cost.n >= SEEDS:
             said.append(
@@ -202,72 +156,6 @@ def _when(found: Mapping[str, Evidence]) -> list[str]:
     if reverse:
         worse = sum(v.sign == 1 for v in reverse)
         said.append(f"The reverse order (`delayed`) is shown to be worse than it in {worse} of {len(reverse)}.")
-    return said
-
-
-def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
-    """At equal modelled time: the layers that save most, and none of them at the end."""
-    values = [(name, v) for name, _, v in compared(found, "cooldown", "static", equal_time=True)]
-    if not values:
-        return []
-    greedy = {name: v for name, _, v in compared(found, "cooldown", "greedy", equal_time=True)}
-    better, worse = (len(shown(values, sign)) for sign in (1, -1))
-    parts = [
-        f"{difference(v)} on {name}" + (f" (less `greedy` {difference(greedy[name])})" if name in greedy else "")
-        for name, v in values
-    ]
-    return [
-        "At equal modelled time, the layers that save most time at first, and none as soon as the target allows "
-        "(`cooldown`), are shown to be "
-        f"better than `static` in {better} of {len(values)} and worse in {worse}: {'; '.join(parts)}. Such "
-        "schedules need no measurement, and so cost no privacy."
-    ]
-
-
-def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
-    """A schedule against each fixed choice of as many layers, and another against each that reaches its speedup."""
-    said = []
-    for equal_time, scheduler, like in (
-        (False, "annealed", "of as many layers that were trained"),
-        (True, "cooldown", "that were trained and reach the same modelled speedup"),
-    ):
-        values = [
-            (choices.subject, value)
-            for choices in known_choices(found, equal_time=equal_time)
-            for *_, value in every_choice(choices, scheduler)
-            if value.n >= SEEDS and not choices.fresh
-        ]
-        if not values:
-            continue
-        better, worse, undecided = (shown(values, sign) for sign in (1, -1, 0))
-        parts = ", ".join(
-            f"{sum(name == place for name, _ in better)} of {sum(name == place for name, _ in values)} on {place}"
-            for place in dict.fromkeys(name for name, _ in values)
-        )
-        text = f"Of the {len(values)} fixed choices {like}, `{scheduler}` is shown to be better than "
-        text += f"{len(better)} ({parts}){f', by {span(better)},' if better else ''} and worse than "
-        text += f"{len(worse)}{_by(worse)}"
-        if undecided:
-            text += f"; for {len(undecided)} no difference is shown ({span(undecided)})"
-        said.append(text + ".")
-    return said
-
-
-def _fresh(found: Mapping[str, Evidence]) -> list[str]:
-    """On seeds that nothing was chosen on."""
-    said = []
-    for choices in known_choices(found, equal_time=True):
-        against = [
-            (f"[{folded(fixed['schedule.layers'])}]", value)
-            for _, fixed, value in every_choice(choices, "cooldown")
-            if value.n >= SEEDS and choices.fresh
-        ]
-        against += [
-            ("`greedy`", v) for n, _, v in compared(found, "cooldown", "greedy") if against and n == choices.subject
-        ]
-        parts = "; ".join(f"less {name} {difference(value)} points, {verdict(value)}" for name, value in against)
-        if parts:
-            said.append(f"On {choices.subject}, which nothing was chosen on, `cooldown` {parts}.")
     return said
 
 

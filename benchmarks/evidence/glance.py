@@ -29,10 +29,12 @@ SUBJECTS = {
     "cifar10_time": "CIFAR-10's CNN",
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "digits_time": "the digits' CNN",
+    "digits_time_fresh": "the digits' CNN on fresh seeds",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
     "fashion_resnet18_time": "ResNet-18 on Fashion-MNIST",
     "cifar10_deep": "ResNet-50 and DenseNet-121 on CIFAR-10",
+    "cifar10_deep_fresh": "ResNet-50 and DenseNet-121 on CIFAR-10 on fresh seeds",
     "cifar10_resnet18_nvfp4": "ResNet-18 on CIFAR-10 in NVFP4",
     "cifar10_deep_nvfp4": "ResNet-50 and DenseNet-121 on CIFAR-10 in NVFP4",
 }
@@ -72,7 +74,7 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
         goal = "target_speedup" if at_equal_time(evidence) else "fraction"
         models = {p.get("model.name"): None for p in evidence.sweep.points.values()}
         for model in models:
-            own = subject if len(models) == 1 else subject.replace(_DEEP, _MODELS[str(model)])
+            own = subject if len(models) == 1 else subject.replace(_DEEP, MODELS[str(model)])
             own_points = [p for p in evidence.sweep.points.values() if p["schedule.scheduler"] != "full"]
             for value in sorted({p[f"schedule.{goal}"] for p in own_points} - {None}):
                 line = _line(evidence, own, goal, value, model)
@@ -81,7 +83,7 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
 
 
 _DEEP = "ResNet-50 and DenseNet-121"
-_MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
+MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
 
 
 def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str | None) -> Line | None:

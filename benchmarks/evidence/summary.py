@@ -9,8 +9,9 @@ from dpquant.statistics import sample
 from . import chips, variance_tables
 from .choices import every_choice, known_choices
 from .files import Evidence
-from .findings import SEEDS, Told, anchors, shown, span, unprobed
+from .findings import anchors
 from .markdown import difference
+from .told import SEEDS, Told, shown, span, unprobed
 
 FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "FP8"}
 
@@ -65,7 +66,8 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
         f"worse than {len(shown(tried, -1))}"
     )
     if fresh:
-        text += f"; on seeds that nothing was chosen on, better than the nearest of them in {_counted(fresh)}"
+        better, worse = (len(shown(fresh, sign)) for sign in (1, -1))
+        text += f"; on seeds that nothing was chosen on, better than {better} of {len(fresh)}, and worse than {worse}"
     return [f"{text}. Such schedules measure nothing, and so cost no privacy."]
 
 

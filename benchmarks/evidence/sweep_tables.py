@@ -32,6 +32,7 @@ TITLES = {
     "cifar10_time": "Schedulers on CIFAR-10 at equal modelled time",
     "digits_time": "Schedulers on the digits at equal modelled time",
     "cifar10_time_fresh": "CIFAR-10 at equal modelled time on fresh seeds",
+    "digits_time_fresh": "The digits at equal modelled time on fresh seeds",
     "fashion_rates": "Other learning rates on Fashion-MNIST",
     "cifar10_rates": "Other learning rates on CIFAR-10",
     "cifar10_quantizers": "Other quantizers on CIFAR-10",
@@ -53,6 +54,8 @@ TITLES = {
     "fashion_resnet18": "ResNet-18 with GroupNorm on Fashion-MNIST",
     "cifar10_beta": "How strongly dpquant prefers, ResNet-18 on CIFAR-10",
     "cifar10_deep": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10",
+    "cifar10_deep_fresh": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10 on fresh seeds",
+    "cifar10_resnet18_epochs": "Shorter and longer runs of ResNet-18 on CIFAR-10 at equal modelled time",
     "cifar10_resnet18_nvfp4": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time in NVFP4",
     "cifar10_deep_nvfp4": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10 in NVFP4",
 }
@@ -132,7 +135,7 @@ def _table(evidence: Evidence, found: list[Outcome]) -> str:
 # --- anchors
 
 
-def anchors(found: Mapping[str, Evidence]) -> str:
+def anchors_table(found: Mapping[str, Evidence]) -> str:
     """Full precision beside what was published."""
     rows = []
     for name, published in PUBLISHED.items():

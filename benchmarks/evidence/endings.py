@@ -1,0 +1,112 @@
+"""Ending in full precision, at equal modelled time: against fixed choices, on fresh seeds, in short and long runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dpquant.statistics import sample
+
+from .choices import every_choice, folded, known_choices
+from .files import Evidence
+from .glance import MODELS, SUBJECTS, rest
+from .markdown import difference, verdict
+from .told import SEEDS, by, compared, shown, span
+
+
+def sentences(found: Mapping[str, Evidence]) -> list[str]:
+    """All that is said of it."""
+    return _cooldown(found) + _every_choice(found) + _fresh(found) + _by_length(found)
+
+
+def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
+    """At equal modelled time: the layers that save most, and none of them at the end."""
+    values = [(name, v) for name, _, v in compared(found, "cooldown", "static", equal_time=True)]
+    if not values:
+        return []
+    greedy = {name: v for name, _, v in compared(found, "cooldown", "greedy", equal_time=True)}
+    better, worse = (len(shown(values, sign)) for sign in (1, -1))
+    parts = [
+        f"{difference(v)} on {name}" + (f" (less `greedy` {difference(greedy[name])})" if name in greedy else "")
+        for name, v in values
+    ]
+    return [
+        "At equal modelled time, the layers that save most time at first, and none as soon as the target allows "
+        "(`cooldown`), are shown to be "
+        f"better than `static` in {better} of {len(values)} and worse in {worse}: {'; '.join(parts)}. Such "
+        "schedules need no measurement, and so cost no privacy."
+    ]
+
+
+def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
+    """A schedule against each fixed choice of as many layers, and another against each that reaches its speedup."""
+    said = []
+    for equal_time, scheduler, like in (
+        (False, "annealed", "of as many layers that were trained"),
+        (True, "cooldown", "that were trained and reach the same modelled speedup"),
+    ):
+        values = [
+            (choices.subject, value)
+            for choices in known_choices(found, equal_time=equal_time)
+            for *_, value in every_choice(choices, scheduler)
+            if value.n >= SEEDS and not choices.fresh
+        ]
+        if not values:
+            continue
+        better, worse, undecided = (shown(values, sign) for sign in (1, -1, 0))
+        parts = ", ".join(
+            f"{sum(name == place for name, _ in better)} of {sum(name == place for name, _ in values)} on {place}"
+            for place in dict.fromkeys(name for name, _ in values)
+        )
+        text = f"Of the {len(values)} fixed choices {like}, `{scheduler}` is shown to be better than "
+        text += f"{len(better)} ({parts}){f', by {span(better)},' if better else ''} and worse than "
+        text += f"{len(worse)}{by(worse)}"
+        if undecided:
+            text += f"; for {len(undecided)} no difference is shown ({span(undecided)})"
+        said.append(text + ".")
+    return said
+
+
+def _fresh(found: Mapping[str, Evidence]) -> list[str]:
+    """On seeds that nothing was chosen on."""
+    said = []
+    known = {choices.subject: choices for choices in known_choices(found, equal_time=True) if choices.fresh}
+    for name, subject in SUBJECTS.items():
+        if name not in found or not name.endswith("_fresh"):
+            continue
+        evidence, parts = found[name], []
+        for _, fixed, value in every_choice(known[subject], "cooldown") if subject in known else ():
+            if value.n >= SEEDS:
+                lost = sample([-loss for loss in evidence.lost(fixed).values()])
+                room = f" (full precision less it: {difference(lost)})" if lost.n >= SEEDS else ""
+                choice = f"[{folded(fixed['schedule.layers'])}]"
+                parts.append(f"less {choice} {difference(value)} points, {verdict(value)}{room}")
+        greedy = {rest(p): p for p in evidence.points(scheduler="greedy")}
+        for point in evidence.points(scheduler="cooldown"):
+            if (other := greedy.get(rest(point))) is None or (value := evidence.compared(point, other)).n < SEEDS:
+                continue
+            model = MODELS.get(str(point.get("model.name")))
+            place = f"at {point['schedule.target_speedup']:g}x" if model is None else f"on {model}"
+            parts.append(f"less `greedy` {place} {difference(value)} points, {verdict(value)}")
+        if parts:
+            said.append(f"On {subject}, which nothing was chosen on, `cooldown` {'; '.join(parts)}.")
+    return said
+
+
+def _by_length(found: Mapping[str, Evidence]) -> list[str]:
+    """What it gains on the same layers to the end, by the number of epochs."""
+    parts = {}
+    for name in ("cifar10_resnet18", "cifar10_resnet18_epochs"):
+        evidence = found.get(name)
+        for point in evidence.points(scheduler="cooldown") if evidence is not None else ():
+            assert evidence is not None
+            other = next(p for p in evidence.points(scheduler="greedy") if rest(p) == rest(point))
+            value, lost = evidence.compared(point, other), sample([*evidence.lost(other).values()])
+            if min(value.n, lost.n) >= SEEDS:
+                epochs = point["training.epochs"]
+                parts[epochs] = f"{difference(value)} points after {epochs} epochs, where that loses {difference(lost)}"
+    if len(parts) < 2:
+        return []
+    return [
+        "Whether its gain hangs on the length of the run, `cooldown` less `greedy` on ResNet-18 on CIFAR-10: "
+        f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision."
+    ]
