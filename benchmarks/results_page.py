@@ -100,8 +100,8 @@ FAILED = (
     "Seeds were doubled to ten where five had left that open against `greedy` (CIFAR-10 and ResNet-18): an interval "
     "looked at twice misses the truth somewhat more often than one in twenty times. Then its rule was chosen anew on "
     "the runs there were. The 46 runs by the rule before are not on this page, and on the seeds that it was chosen on "
-    "its comparisons may favour it: hence the fresh seeds. On ResNet-18 thirty of these were planned after ten had left "
-    "it open.",
+    "its comparisons may favour it: hence the fresh seeds. On ResNet-18 thirty of these were planned after ten had "
+    "left it open.",
 )
 """What no file says."""
 GROUPS = (
