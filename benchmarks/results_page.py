@@ -110,9 +110,11 @@ GROUPS = (
         (
             "fashion_main",
             "fashion_time",
+            "fashion_time_budgets",
             "cifar10_main",
             "cifar10_epsilon3",
             "cifar10_time",
+            "cifar10_time_budgets",
             "cifar10_time_fresh",
             "digits_main",
             "digits_time",
@@ -138,6 +140,7 @@ GROUPS = (
         (
             "cifar10_resnet18_main",
             "cifar10_resnet18",
+            "cifar10_resnet18_budgets",
             "cifar10_resnet18_fresh",
             "cifar10_resnet18_epochs",
             "fashion_resnet18",

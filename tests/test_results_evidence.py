@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import results_page
-from evidence import choices, findings, glance, plots, summary, sweep_tables
+from evidence import choices, endings, findings, glance, plots, summary, sweep_tables
 from evidence.files import Evidence, load_all
 
 from dpquant.statistics import sample
@@ -158,6 +158,57 @@ def test_choices_are_held_against_the_highest_speedup_that_they_reach() -> None:
     )  # fmt: skip
     assert list(choices.every_choice(none, "cooldown")) == []
     assert list(choices.best_choices(none)) == []
+
+
+def test_fresh_seeds_are_told_network_by_network() -> None:
+    def deep(run: Any) -> float:
+        """ResNet-50 gains by it, DenseNet-121 loses."""
+        gain = 0.02 if run.settings["model.name"] == "resnet50" else -0.02
+        ends = run.settings["schedule.scheduler"] == "cooldown"
+        return 0.4 + 1e-2 * run.seed + ends * (gain + 1e-3 * (run.seed % 2))
+
+    said = [one for one in endings.sentences({"cifar10_deep_fresh": invented("cifar10_deep_fresh", deep, 5)}) if one]
+    assert len(said) == 1
+    assert re.search(r"less `greedy` on ResNet-50 \+2\.04 \(.*?\) points, better;", said[0])
+    assert re.search(r"less `greedy` on DenseNet-121 -1\.96 \(.*?\) points, worse\.$", said[0])
+    few = {"cifar10_deep_fresh": invented("cifar10_deep_fresh", deep, 2)}
+    assert not endings.sentences(few)
+
+
+def test_what_full_precision_has_over_a_fixed_choice_is_told() -> None:
+    def accuracy(run: Any) -> float:
+        gain = {"full": 0.03, "cooldown": 0.01}.get(run.settings["schedule.scheduler"], 0.0)
+        return 0.5 + 1e-2 * run.seed + gain + 1e-3 * (run.seed % 2) * (gain > 0)
+
+    name = "cifar10_time_fresh"
+    said = " ".join(endings.sentences({name: invented(name, accuracy, 4, speedup_peak=1.15)}))
+    assert re.search(
+        r"less \[convs.2, convs.5\] \+1\.05 \(.*?\) points, better \(full precision less it: \+3\.05 ", said
+    )
+
+
+def test_the_length_of_runs_is_told_from_two_sweeps() -> None:
+    def accuracy(run: Any) -> float:
+        """A point more for every epoch beyond ten, a point less for every one before."""
+        ends = run.settings["schedule.scheduler"] == "cooldown"
+        gain = ends * 1e-2 * (run.settings["training.epochs"] - 10)
+        return 0.5 + 0.1 * (run.settings["schedule.scheduler"] == "full") + gain + 1e-3 * ((run.seed + 3 * ends) % 4)
+
+    names = ("cifar10_resnet18", "cifar10_resnet18_epochs")
+    (said,) = (
+        one
+        for one in endings.sentences({n: invented(n, accuracy, 4) for n in names})
+        if one.startswith("Whether its gain hangs on the length of the run")
+    )
+    gains = re.findall(r"([+-]\d+\.\d+) \([^)]*\) points after (\d+) epochs, where that loses (-\d+\.\d+)", said)
+    assert gains == [
+        ("-6.00", "4", "-10.00"),
+        ("-2.00", "8", "-10.00"),
+        ("+5.00", "15", "-10.00"),
+        ("+20.00", "30", "-10.00"),
+    ]
+    one = {names[0]: invented(names[0], accuracy, 4)}
+    assert not any("length of the run" in text for text in endings.sentences(one))
 
 
 def test_long_lists_of_layers_are_folded() -> None:
