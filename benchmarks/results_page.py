@@ -324,7 +324,7 @@ def scheduler_plot(evidence: Evidence) -> str | None:
     if not {"schedule.scheduler", "schedule.fraction"} <= set(keys) or "format" in keys:
         return None
     points = list(evidence.sweep.points.values())
-    budgets = list(dict.fromkeys(p.get("privacy.target_epsilon") for p in points))
+    budgets = sorted({p.get("privacy.target_epsilon") for p in points}, key=lambda budget: -(budget or 0.0))
     panels = []
     for budget in budgets:
         own = [p for p in points if p.get("privacy.target_epsilon") == budget]

@@ -319,7 +319,10 @@ def test_a_forest_has_a_line_for_each_difference() -> None:
     assert svg.count("<circle") == 3
     assert svg.count('stroke-width="1.4"') == 3
     assert svg.count('stroke="#1f2328"') == 1  # the rule at 0
-    assert svg.count(f'fill="{plots.COLOURS[0]}">pls</text>') == 2
+    colours = dict(re.findall(r'fill="(#[0-9a-f]{6})">(pls|annealed)</text>', svg))
+    assert len(colours) == 2  # one for each, in both groups
+    other = plots.forest({"one": {"annealed": sample([0.03, 0.05]), "pls": sample([0.01, 0.02])}}, "points")
+    assert dict(re.findall(r'fill="(#[0-9a-f]{6})">(pls|annealed)</text>', other)) == colours  # and in all plots
 
 
 def test_a_scatter_puts_speed_across_and_accuracy_up() -> None:

@@ -291,6 +291,23 @@ def test_claims_by_another_hand() -> None:
     for share in {line["settings"]["schedule.fraction"] for line in other}:
         more, _ = by_hand(lost(private, fraction=share, target_epsilon=8.0), lost(other, fraction=share))
         assert f"the one less the other {more}." in found
+    more_by_name = {}
+    for name in ("fashion_main", "cifar10_main", "digits_main", "cifar10_resnet18_main", "fashion_resnet18"):
+        lines = raw(name)
+        shares = sorted({one["settings"]["schedule.fraction"] for one in lines})
+        losses = {
+            epsilon: [lost(lines, fraction=share, target_epsilon=epsilon) for share in shares] for epsilon in (1.0, 8.0)
+        }
+        losses = {epsilon: [own for own in known if own] for epsilon, known in losses.items()}
+        mean = {
+            epsilon: {seed: statistics.fmean(own[seed] for own in known) for seed in known[0]}
+            for epsilon, known in losses.items()
+        }
+        more_by_name[glance.SUBJECTS[name]] = by_hand(mean[8.0], mean[1.0])
+    assert ", ".join(f"{text} on {name}" for name, (text, _) in more_by_name.items()) in found
+    count = sum(word == "better" for _, word in more_by_name.values())
+    summary = " ".join(PAGE.read_text().split("## What was found")[1].split("## At a glance")[0].split())
+    assert f"at epsilon 1 more than at epsilon 8 in {count} of {len(more_by_name)} comparisons" in summary
     found, verdict = claimed("2.21 times")
     main = raw("cifar10_resnet18_main")
     drawn = of(main, scheduler="dpquant", fraction=0.9, target_epsilon=8.0, estimator="released")
@@ -332,7 +349,11 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
         one for one in choices.known_choices(found, equal_time=True) if one.subject == "CIFAR-10's CNN on fresh seeds"
     )
     first, second = (difference(value) for *_, value in choices.every_choice(fresh, "cooldown"))
-    assert f"CIFAR-10's CNN gained {first} points by it at 1.15x and {second} at 1.31x." in readme
+    every = [v for one in choices.known_choices(found, equal_time=True) if one.fresh
+             for *_, v in choices.every_choice(one, "cooldown")]  # fmt: skip
+    better, worse = (sum(value.sign == sign for value in every) for sign in (1, -1))
+    assert f"it did better than {better} of {len(every)} and worse than {worse}: CIFAR-10's CNN" in readme
+    assert f"gained {first} points on the best of them at 1.15x and {second} at 1.31x." in readme
     formats = found["cifar10_formats"]
     full = formats.points(scheduler="full")[0]
     nvfp4, luq = (

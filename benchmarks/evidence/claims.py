@@ -11,7 +11,7 @@ from .files import Accuracies, Evidence, differences
 from .glance import SUBJECTS, rest, schedules
 from .markdown import difference, table, times
 from .sweep_tables import probe_costs
-from .told import SEEDS, Told, shown, unprobed
+from .told import SEEDS, Told, by_budget, shown, unprobed
 
 Row = tuple[str, str, str]
 """What was said, what was found, and in a word."""
@@ -83,24 +83,29 @@ def _growth(found: Mapping[str, Evidence]) -> Iterator[Row]:
 
 
 def _private(found: Mapping[str, Evidence]) -> Iterator[Row]:
-    """What quantization costs with privacy and without, as many layers of one network."""
+    """What quantization costs with privacy and without, as many layers of one network; and at two budgets."""
     private, other = found.get("cifar10_main"), found.get("cifar10_nonprivate")
-    if private is None or other is None:
-        return
-    parts = []
-    costs: Told = []
-    for there in other.points(scheduler="static"):
-        share = there["schedule.fraction"]
-        here = private.points(scheduler="static", fraction=share, target_epsilon=8.0)
-        with_it, without = private.lost(here[0]) if here else {}, other.lost(there)
-        if min(len(with_it), len(without)) < SEEDS:
-            continue
-        costs.append(("CIFAR-10's CNN", paired(without, with_it)))
-        lost = [difference(sample([*own.values()])) for own in (with_it, without)]
-        parts.append(
-            f"{100 * share:.0f} % of the layers of CIFAR-10's CNN in LUQ-FP4, points less full precision: {lost[0]} at "
-            f"epsilon 8, {lost[1]} without privacy; the one less the other {difference(paired(with_it, without))}."
-        )
+    parts, costs = [], by_budget(found)
+    if costs:
+        told = ", ".join(f"{difference(value)} on {name}" for name, value in costs)
+        parts = [
+            "Points that `static` loses more at epsilon 1 than at epsilon 8, averaged over the shares of the layers: "
+            f"{told}."
+        ]
+    if private is not None and other is not None:
+        for there in other.points(scheduler="static"):
+            share = there["schedule.fraction"]
+            here = private.points(scheduler="static", fraction=share, target_epsilon=8.0)
+            with_it, without = private.lost(here[0]) if here else {}, other.lost(there)
+            if min(len(with_it), len(without)) < SEEDS:
+                continue
+            costs.append(("CIFAR-10's CNN", paired(without, with_it)))
+            lost = [difference(sample([*own.values()])) for own in (with_it, without)]
+            parts.append(
+                f"{100 * share:.0f} % of the layers of CIFAR-10's CNN in LUQ-FP4, points less full precision: "
+                f"{lost[0]} at epsilon 8, {lost[1]} without privacy; the one less the other "
+                f"{difference(paired(with_it, without))}."
+            )
     if parts:
         yield "Quantization costs private training more than other training.", " ".join(parts), _verdict(costs)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dpquant.statistics import sample
 
 from .choices import every_choice, folded, known_choices
-from .files import Evidence
+from .files import Evidence, Settings
 from .glance import MODELS, SUBJECTS, rest
 from .markdown import difference, verdict
 from .told import SEEDS, by, compared, shown, span
@@ -76,10 +76,8 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
         evidence, parts = found[name], []
         for _, fixed, value in every_choice(known[subject], "cooldown") if subject in known else ():
             if value.n >= SEEDS:
-                lost = sample([-loss for loss in evidence.lost(fixed).values()])
-                room = f" (full precision less it: {difference(lost)})" if lost.n >= SEEDS else ""
                 choice = f"[{folded(fixed['schedule.layers'])}]"
-                parts.append(f"less {choice} {difference(value)} points, {verdict(value)}{room}")
+                parts.append(f"less {choice} {difference(value)} points, {verdict(value)}{_room(evidence, fixed)}")
         greedy = {rest(p): p for p in evidence.points(scheduler="greedy")}
         for point in evidence.points(scheduler="cooldown"):
             if (other := greedy.get(rest(point))) is None or (value := evidence.compared(point, other)).n < SEEDS:
@@ -90,6 +88,16 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
         if parts:
             said.append(f"On {subject}, which nothing was chosen on, `cooldown` {'; '.join(parts)}.")
     return said
+
+
+def _room(evidence: Evidence, fixed: Settings) -> str:
+    """What there is to gain on a fixed choice."""
+    room = sample([-loss for loss in evidence.lost(fixed).values()])
+    if room.n < SEEDS:
+        return ""
+    if room.sign == 1:
+        return f" (full precision less it: {difference(room)})"
+    return f" (nor is full precision shown to be better than it: {difference(room)})"
 
 
 def _by_length(found: Mapping[str, Evidence]) -> list[str]:

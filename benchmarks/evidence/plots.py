@@ -10,6 +10,10 @@ from html import escape
 from dpquant.statistics import Sample
 
 COLOURS = ("#57606a", "#b4450f", "#9a6700", "#0b5cad", "#1a7f37", "#8250df", "#cf222e", "#bf3989", "#1b7c83")
+_SCHEDULERS = (
+    *("full", "static", "pls", "dpquant, released", "cooldown", "annealed", "delayed", "dpquant, probe", "greedy"),
+)
+"""Each has its colour, the same in all plots."""
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 270, 246, 44, 42, 34
 _GREY, _DARK, _LIGHT = "#57606a", "#1f2328", "#d8dee4"
 
@@ -103,8 +107,8 @@ def forest(groups: Mapping[str, Mapping[str, Sample]], unit: str, *, factor: flo
     """
     names = list(dict.fromkeys(name for lines in groups.values() for name in lines))
     low, high = _range([0.0, *(factor * end for lines in groups.values() for s in lines.values() for end in _ends(s))])
-    left, width, step, top = 330, 780, 15, 30
-    height = top + sum(step * len(lines) + 10 for lines in groups.values()) + 26
+    left, width, step, top = 130, 620, 15, 30
+    height = top + sum(step * (len(lines) + 1) + 8 for lines in groups.values()) + 26
     x = _scale(low, high, left, width - 12)
     parts = _frame(width, height, unit)
     for tick in _ticks(low, high):
@@ -113,6 +117,7 @@ def forest(groups: Mapping[str, Mapping[str, Sample]], unit: str, *, factor: flo
     y = top
     for title, lines in groups.items():
         parts.append(_text(4, y + 8, title, weight=600))
+        y += step
         for name, value in lines.items():
             colour = _colour(names, name)
             parts.append(_text(left - 8, y + 8, name, "end", colour=colour))
@@ -120,7 +125,7 @@ def forest(groups: Mapping[str, Mapping[str, Sample]], unit: str, *, factor: flo
                 parts.append(_line(x(factor * value.low), x(factor * value.high), y + 4, y + 4, colour, 1.4))
             parts.append(_dot(x(factor * (value.mean or 0.0)), y + 4, colour))
             y += step
-        y += 10
+        y += 8
     return _drawn(parts)
 
 
@@ -184,7 +189,8 @@ def _text(x: float, y: float, said: str, anchor: str = "start", *, weight: int =
 
 
 def _colour(names: Sequence[str], name: str) -> str:
-    return COLOURS[names.index(name) % len(COLOURS)]
+    known = _SCHEDULERS if name in _SCHEDULERS else names
+    return COLOURS[known.index(name) % len(COLOURS)]
 
 
 def _ends(found: Sample) -> list[float]:

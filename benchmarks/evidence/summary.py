@@ -11,7 +11,7 @@ from .choices import every_choice, known_choices
 from .files import Evidence
 from .findings import anchors
 from .markdown import difference
-from .told import SEEDS, Told, shown, span, unprobed
+from .told import SEEDS, Told, by_budget, shown, span, unprobed
 
 FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "FP8"}
 
@@ -93,6 +93,14 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 "Into the number format before the schedule: with all layers of CIFAR-10's CNN in it, points less full "
                 f"precision: {'; '.join(costs)}."
             )
+    if costs := by_budget(found):
+        more = shown(costs, 1)
+        told.append(
+            "The smaller the privacy budget, the more quantization costs: at epsilon 1 more than at epsilon 8 in "
+            f"{_counted(costs)}{f', by {span(more)}' if more else ''}."
+            if len(more) * 2 > len(costs)
+            else f"That a smaller privacy budget makes it cost more is shown in {_counted(costs)}."
+        )
     if harm := variance_tables.forward_harm():
         told.append(
             "What costs LUQ-FP4, the paper's format, is that weights and activations are rounded to the nearest of few "

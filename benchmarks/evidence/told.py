@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from dpquant.statistics import Sample
+from dpquant.statistics import Sample, paired
 
 from .files import Evidence
-from .glance import SUBJECTS, at_equal_time
+from .glance import SUBJECTS, at_equal_time, schedules
 from .markdown import difference
 from .sweep_tables import scheduler_averages
 
@@ -36,6 +36,28 @@ def unprobed(found: Mapping[str, Evidence], scheduler: str, other: str, *, equal
     """What `compared` has, without the private probe."""
     values = compared(found, scheduler, other, equal_time=equal_time)
     return [(name, value) for name, estimator, value in values if estimator != "probe"]
+
+
+def by_budget(found: Mapping[str, Evidence]) -> Told:
+    """How much more `static` loses at epsilon 1 than at epsilon 8, of a seed the mean over the shares of the layers."""
+    told = []
+    for name, subject in SUBJECTS.items():
+        evidence = found.get(name)
+        if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
+            continue
+        losses = [
+            {
+                p["schedule.fraction"]: evidence.lost(p)
+                for p in schedules(evidence, "static", {"target_epsilon": epsilon})
+            }
+            for epsilon in (1.0, 8.0)
+        ]
+        shares = losses[0].keys() & losses[1].keys()
+        seeds = set.intersection(*(set(lost[share]) for lost in losses for share in shares)) if shares else set()
+        small, large = ({s: sum(lost[share][s] for share in shares) / len(shares) for s in seeds} for lost in losses)
+        if len(seeds) >= SEEDS:
+            told.append((subject, paired(large, small)))
+    return told
 
 
 def span(values: Told) -> str:
