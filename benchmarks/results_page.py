@@ -110,6 +110,7 @@ GROUPS = (
         (
             "fashion_main",
             "fashion_time",
+            "fashion_time_fresh",
             "fashion_time_budgets",
             "cifar10_main",
             "cifar10_epsilon3",

@@ -124,6 +124,7 @@ EQUAL_TIME = {
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
     "digits_time_fresh": "the digits' CNN on fresh seeds",
+    "fashion_time_fresh": "Fashion-MNIST's CNN on fresh seeds",
 }
 
 

@@ -19,6 +19,7 @@ SUBSETS = {
     "cifar10_time": ("cifar10_time_subsets", 8),
     "digits_time": ("digits_time_subsets", 6),
     "cifar10_resnet18": ("cifar10_resnet18_subsets", 21),
+    "fashion_time_fresh": ("fashion_time_fresh", 4),
     "cifar10_time_fresh": ("cifar10_time_fresh", 8),
     "cifar10_resnet18_fresh": ("cifar10_resnet18_fresh", 21),
     "digits_time_fresh": ("digits_time_fresh", 6),

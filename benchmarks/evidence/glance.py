@@ -27,6 +27,7 @@ SUBJECTS = {
     "cifar10_nonprivate": "CIFAR-10's CNN without privacy",
     "fashion_time": "Fashion-MNIST's CNN",
     "cifar10_time": "CIFAR-10's CNN",
+    "fashion_time_fresh": "Fashion-MNIST's CNN on fresh seeds",
     "fashion_time_budgets": "Fashion-MNIST's CNN at three budgets",
     "cifar10_time_budgets": "CIFAR-10's CNN at three budgets",
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",

@@ -31,6 +31,7 @@ TITLES = {
     "fashion_time": "Schedulers on Fashion-MNIST at equal modelled time",
     "cifar10_time": "Schedulers on CIFAR-10 at equal modelled time",
     "digits_time": "Schedulers on the digits at equal modelled time",
+    "fashion_time_fresh": "Fashion-MNIST at equal modelled time on fresh seeds",
     "fashion_time_budgets": "Schedulers on Fashion-MNIST at equal modelled time at three budgets",
     "cifar10_time_budgets": "Schedulers on CIFAR-10 at equal modelled time at three budgets",
     "cifar10_time_fresh": "CIFAR-10 at equal modelled time on fresh seeds",
