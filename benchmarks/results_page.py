@@ -119,6 +119,7 @@ GROUPS = (
             "cifar10_time_fresh",
             "digits_main",
             "digits_time",
+            "digits_time_budgets",
             "digits_time_fresh",
         ),
     ),

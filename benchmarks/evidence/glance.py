@@ -32,6 +32,7 @@ SUBJECTS = {
     "cifar10_time_budgets": "CIFAR-10's CNN at three budgets",
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "digits_time": "the digits' CNN",
+    "digits_time_budgets": "the digits' CNN at three budgets",
     "digits_time_fresh": "the digits' CNN on fresh seeds",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
     "cifar10_resnet18_budgets": "ResNet-18 on CIFAR-10 at three budgets",
