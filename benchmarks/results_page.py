@@ -55,6 +55,7 @@ that save most time, none in the last fifth of the run."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200, in
 LUQ-FP4 where no other format is named;
 `cooldown` quantizes the layers that save most time at first, and none as soon as that allows."""
+GLANCE_BUDGET = """Budget by budget, averaged over the shares of the layers."""
 CLAIMS = """DPQuant's claims (arXiv 2509.03472), as far as its abstract and what others wrote of it tell them, beside
 what the runs of this page show. Networks, data and formats are not all the same."""
 AVERAGES = """Each row is one comparison averaged over the budgets and fractions of a sweep; a seed's average, over
@@ -121,6 +122,7 @@ GROUPS = (
             "digits_time",
             "digits_time_budgets",
             "digits_time_fresh",
+            "digits_epsilon1_fresh",
         ),
     ),
     ("Learning rates and quantizers", ("fashion_rates", "cifar10_rates", "cifar10_quantizers")),
@@ -235,8 +237,14 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
 
 def _glance(found: Mapping[str, Evidence]) -> list[str]:
     parts: list[str] = []
-    for text, equal_time in ((GLANCE, False), (GLANCE_TIME, True)):
-        if body := glance.glance_table(found, equal_time=equal_time):
+    known = list(glance.lines(found))
+    by_share, by_speedup = ([line for line in known if line.goal.endswith("x") == equal] for equal in (False, True))
+    for text, lines, goal in (
+        (GLANCE, by_share, "quantized"),
+        (GLANCE_TIME, by_speedup, "speedup"),
+        (GLANCE_BUDGET, list(glance.lines_by_budget(found)), "quantized, or speedup"),
+    ):
+        if body := glance.glance_table(lines, goal):
             parts += [prose(text), "", body, ""]
     return parts
 

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import results_page
-from evidence import choices, endings, findings, glance, plots, summary, sweep_tables
+from evidence import choices, endings, findings, glance, plots, summary, sweep_tables, told
 from evidence.files import Evidence, load_all
 
 from dpquant.statistics import sample
@@ -282,9 +282,31 @@ def test_the_glance_holds_schedules_to_full_precision_on_what_all_of_them_have()
     assert line.budgets == "8, 4, 1"
     assert line.full.n == line.lost["static"].n == 3  # the fourth seed has one budget of three
     assert line.full.mean == pytest.approx(0.5 + 13 / 300 + 0.01)
-    text = glance.glance_table({"fashion_main": evidence}, equal_time=False)
+    text = glance.glance_table(list(glance.lines({"fashion_main": evidence})), "quantized")
     assert "| Fashion-MNIST's CNN | 50 % of the layers | 8, 4, 1 | 55.8 ± 1.3 | -4.00 (-4.00 to -4.00) |" in text
-    assert glance.glance_table({"fashion_main": evidence}, equal_time=True) == ""
+    assert glance.glance_table([], "speedup") == ""
+    by_budget = list(glance.lines_by_budget({"fashion_main": evidence}))
+    assert [line.budgets for line in by_budget] == ["8", "4", "1"]
+    assert [line.goal for line in by_budget] == ["50 to 75 % of the layers"] * 3
+    assert [line.full.mean for line in by_budget] == pytest.approx([0.595, 0.555, 0.525])
+
+
+def test_what_hangs_on_the_budget_is_told() -> None:
+    def accuracy(run: Any) -> float:
+        """`static` loses 4 points at epsilon 1 and 1 at others; `annealed` loses 1 at all."""
+        scheduler, small = run.settings["schedule.scheduler"], run.settings["privacy.target_epsilon"] == 1.0
+        lost = {"full": 0.0, "static": 0.04 if small else 0.01}.get(scheduler, 0.01)
+        return 0.8 - lost + 1e-3 * ((run.seed * 5 + 3 * small + len(scheduler)) % 4)
+
+    found = {"fashion_main": invented("fashion_main", accuracy, 5)}
+    ((subject, more),) = told.by_budget(found, "full", "static")
+    ((_, gained),) = told.by_budget(found, "annealed", "static")
+    assert subject == "Fashion-MNIST's CNN"
+    assert more.mean == pytest.approx(0.03, abs=2e-3)
+    assert gained.mean == pytest.approx(0.03, abs=2e-3)
+    assert "`annealed` less `static` at epsilon 1, less the same at epsilon 8, is above 0 in 1 of 1" in schedules(found)
+    assert "at epsilon 1 more than at epsilon 8 in 1 of 1 comparisons" in summary.paragraphs(found)[1]
+    assert not told.by_budget({"fashion_time": invented("fashion_time", accuracy, 5)}, "full", "static")
 
 
 def test_device_hours_count_time_shared_once() -> None:

@@ -124,6 +124,7 @@ EQUAL_TIME = {
     "cifar10_time_fresh": "CIFAR-10's CNN on fresh seeds",
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
     "digits_time_fresh": "the digits' CNN on fresh seeds",
+    "digits_epsilon1_fresh": "the digits' CNN at epsilon 1 on fresh seeds",
     "fashion_time_fresh": "Fashion-MNIST's CNN on fresh seeds",
 }
 
@@ -285,6 +286,7 @@ def test_claims_by_another_hand() -> None:
 
     def lost(lines: list[dict[str, Any]], **settings: Any) -> dict[int, float]:
         full = of(lines, scheduler="full", **{k: v for k, v in settings.items() if k != "fraction"})
+        settings = {key: value for key, value in settings.items() if value is not None}
         return {s: a - full[s] for s, a in of(lines, scheduler="static", **settings).items() if s in full}
 
     found, _ = claimed("costs private training more")
@@ -293,9 +295,11 @@ def test_claims_by_another_hand() -> None:
         more, _ = by_hand(lost(private, fraction=share, target_epsilon=8.0), lost(other, fraction=share))
         assert f"the one less the other {more}." in found
     more_by_name = {}
-    for name in ("fashion_main", "cifar10_main", "digits_main", "cifar10_resnet18_main", "fashion_resnet18"):
+    for name in glance.SUBJECTS:
         lines = raw(name)
-        shares = sorted({one["settings"]["schedule.fraction"] for one in lines})
+        if not {1.0, 8.0} <= {one["settings"].get("privacy.target_epsilon") for one in lines}:
+            continue
+        shares = sorted({one["settings"].get("schedule.fraction") for one in lines}, key=str)
         losses = {
             epsilon: [lost(lines, fraction=share, target_epsilon=epsilon) for share in shares] for epsilon in (1.0, 8.0)
         }
@@ -338,6 +342,30 @@ def test_claims_by_another_hand() -> None:
                 gains.setdefault(seed, []).append(accuracy - there[seed])
         values_of.update({seed: statistics.fmean(own) for seed, own in gains.items()})
     assert f"the last less the first {by_hand(ends[0.9], ends[0.5])[0]}" in found.split("CIFAR-10's CNN")[1]
+
+
+@pytest.mark.parametrize("scheduler", ["annealed", "cooldown"])
+def test_what_hangs_on_the_budget_by_another_hand(scheduler: str) -> None:
+    found = []
+    for name, subject in glance.SUBJECTS.items():
+        lines = [line for line in raw(name) if line["settings"].get("privacy.target_epsilon") in (1.0, 8.0)]
+        gains: dict[tuple[float, int], list[float]] = {}
+        for line in lines:
+            keys = ("schedule.fraction", "schedule.target_speedup")
+            goal = {k.split(".")[1]: line["settings"][k] for k in keys if k in line["settings"]}
+            epsilon, seed = line["settings"]["privacy.target_epsilon"], line["seed"]
+            here, there = (of(lines, scheduler=s, target_epsilon=epsilon, **goal) for s in (scheduler, "static"))
+            if line["settings"]["schedule.scheduler"] == scheduler and seed in there:
+                gains.setdefault((epsilon, seed), []).append(here[seed] - there[seed])
+        means = {key: statistics.fmean(own) for key, own in gains.items()}
+        small, large = ({seed: mean for (one, seed), mean in means.items() if one == at} for at in (1.0, 8.0))
+        if small and large:
+            found.append((*by_hand(small, large), subject))
+    assert found
+    clear = [sum(word == one for _, word, _ in found) for one in ("better", "worse")]
+    said = f"is above 0 in {clear[0]} of {len(found)} and below in {clear[1]}: "
+    text = f"`{scheduler}` less `static` at epsilon 1, less the same at epsilon 8, {said}"
+    assert text + ", ".join(f"{difference} on {subject}" for difference, _, subject in found) + "." in found_said()
 
 
 def test_what_readme_and_guides_quote_is_what_was_found() -> None:

@@ -23,6 +23,7 @@ SUBSETS = {
     "cifar10_time_fresh": ("cifar10_time_fresh", 8),
     "cifar10_resnet18_fresh": ("cifar10_resnet18_fresh", 21),
     "digits_time_fresh": ("digits_time_fresh", 6),
+    "digits_epsilon1_fresh": ("digits_epsilon1_fresh", 6),
 }
 """Sweep of schedulers -> the sweep of fixed choices to hold it against, and how many layers the network has."""
 LONG = 60

@@ -85,7 +85,7 @@ def _growth(found: Mapping[str, Evidence]) -> Iterator[Row]:
 def _private(found: Mapping[str, Evidence]) -> Iterator[Row]:
     """What quantization costs with privacy and without, as many layers of one network; and at two budgets."""
     private, other = found.get("cifar10_main"), found.get("cifar10_nonprivate")
-    parts, costs = [], by_budget(found)
+    parts, costs = [], by_budget(found, "full", "static")
     if costs:
         told = ", ".join(f"{difference(value)} on {name}" for name, value in costs)
         parts = [

@@ -10,12 +10,12 @@ from .choices import every_choice, folded, known_choices
 from .files import Evidence, Settings
 from .glance import MODELS, SUBJECTS, rest
 from .markdown import difference, verdict
-from .told import SEEDS, by, compared, shown, span
+from .told import SEEDS, by, by_budget, compared, shown, span
 
 
 def sentences(found: Mapping[str, Evidence]) -> list[str]:
     """All that is said of it."""
-    return _cooldown(found) + _every_choice(found) + _fresh(found) + _by_length(found)
+    return _cooldown(found) + _budgets(found) + _every_choice(found) + _fresh(found) + _by_length(found)
 
 
 def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
@@ -35,6 +35,19 @@ def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
         f"better than `static` in {better} of {len(values)} and worse in {worse}: {'; '.join(parts)}. Such "
         "schedules need no measurement, and so cost no privacy."
     ]
+
+
+def _budgets(found: Mapping[str, Evidence]) -> list[str]:
+    """Whether its gain hangs on the budget."""
+    said = []
+    for scheduler in ("annealed", "cooldown"):
+        if values := by_budget(found, scheduler, "static"):
+            told = ", ".join(f"{difference(value)} on {name}" for name, value in values)
+            said.append(
+                f"`{scheduler}` less `static` at epsilon 1, less the same at epsilon 8, is above 0 in "
+                f"{len(shown(values, 1))} of {len(values)} and below in {len(shown(values, -1))}: {told}."
+            )
+    return said
 
 
 def _every_choice(found: Mapping[str, Evidence]) -> list[str]:

@@ -87,7 +87,8 @@ def load_all(folder: Path = RESULTS / "sweeps") -> dict[str, Evidence]:
     return found
 
 
-Pairs = Sequence[tuple[Settings, Settings]]
+Pair = tuple[Settings, Settings]
+Pairs = Sequence[Pair]
 """Points to compare."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpquant.statistics import Sample, sample
@@ -34,6 +34,7 @@ SUBJECTS = {
     "digits_time": "the digits' CNN",
     "digits_time_budgets": "the digits' CNN at three budgets",
     "digits_time_fresh": "the digits' CNN on fresh seeds",
+    "digits_epsilon1_fresh": "the digits' CNN at epsilon 1 on fresh seeds",
     "cifar10_resnet18": "ResNet-18 on CIFAR-10",
     "cifar10_resnet18_budgets": "ResNet-18 on CIFAR-10 at three budgets",
     "cifar10_resnet18_fresh": "ResNet-18 on CIFAR-10 on fresh seeds",
@@ -71,7 +72,7 @@ def at_equal_time(evidence: Evidence) -> bool:
 
 
 def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
-    """Every sweep of schedulers, goal by goal and model by model."""
+    """Every sweep of schedulers, goal by goal and model by model, averaged over its budgets."""
     for name, subject in SUBJECTS.items():
         if name not in found:
             continue
@@ -82,17 +83,38 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
             own = subject if len(models) == 1 else subject.replace(_DEEP, MODELS[str(model)])
             own_points = [p for p in evidence.sweep.points.values() if p["schedule.scheduler"] != "full"]
             for value in sorted({p[f"schedule.{goal}"] for p in own_points} - {None}):
-                line = _line(evidence, own, goal, value, model)
-                if line is not None:
+                wanted = {goal: value} | ({"name": model} if model is not None else {})
+                said = _share(value) if goal == "fraction" else f"{value:g}x"
+                if (line := _line(evidence, own, said, wanted)) is not None:
                     yield line
+
+
+def lines_by_budget(found: Mapping[str, Evidence]) -> Iterator[Line]:
+    """Every sweep of schedulers at several budgets, budget by budget, averaged over its goals."""
+    for name, subject in SUBJECTS.items():
+        evidence = found.get(name)
+        points = evidence.sweep.points.values() if evidence is not None else ()
+        budgets = {p["privacy.target_epsilon"] for p in points if p.get("privacy.target_epsilon") is not None}
+        if evidence is None or len(budgets) < 2:
+            continue
+        equal = at_equal_time(evidence)
+        goals = sorted({p["schedule.target_speedup" if equal else "schedule.fraction"] for p in points} - {None, 1.0})
+        ends = f"{goals[0]:g}x" if equal else f"{100 * goals[0]:g} to {_share(goals[-1])}"
+        for budget in sorted(budgets, reverse=True):
+            if (line := _line(evidence, subject, ends, {"target_epsilon": budget})) is not None:
+                yield line
+
+
+def _share(fraction: float) -> str:
+    return f"{100 * fraction:g} % of the layers"
 
 
 _DEEP = "ResNet-50 and DenseNet-121"
 MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
 
 
-def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str | None) -> Line | None:
-    wanted = {goal: value} | ({"name": model} if model is not None else {})
+def _line(evidence: Evidence, subject: str, goal: str, wanted: Mapping[str, object]) -> Line | None:
+    """The points that have the settings wanted."""
     trained = {
         scheduler: {rest(p): p for p in schedules(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
         for scheduler in SCHEDULERS
@@ -117,7 +139,7 @@ def _line(evidence: Evidence, subject: str, goal: str, value: float, model: str 
     budgets = sorted({p["privacy.target_epsilon"] for p in settings if p.get("privacy.target_epsilon")}, reverse=True)
     return Line(
         subject=subject,
-        goal=f"{value:.0%} of the layers".replace("%", " %") if goal == "fraction" else f"{value:g}x",
+        goal=goal,
         budgets=", ".join(f"{epsilon:g}" for epsilon in budgets) or _budget(evidence),
         full=sample([sum(own) / len(own) for own in by_seed.values() if len(own) == len(fulls)]),
         lost=lost,
@@ -148,9 +170,8 @@ def rest(settings: Settings) -> str:
     return str({k: v for k, v in settings.items() if k not in ("schedule.scheduler", "analysis.estimator")})
 
 
-def glance_table(found: Mapping[str, Evidence], *, equal_time: bool) -> str:
-    """Points lost against full precision, by scheduler; empty where nothing was trained."""
-    known = [line for line in lines(found) if line.goal.endswith("x") == equal_time]
+def glance_table(known: Sequence[Line], goal: str) -> str:
+    """Points lost against full precision, by scheduler, with a title for the goals; empty where nothing was trained."""
     rows = [
         [
             line.subject,
@@ -162,7 +183,7 @@ def glance_table(found: Mapping[str, Evidence], *, equal_time: bool) -> str:
         for line in known
     ]
     used = [any(s in line.lost for line in known) for s in SCHEDULERS]
-    titles = ["trained", "speedup" if equal_time else "quantized", "epsilon", "full precision, %", *SCHEDULERS]
+    titles = ["trained", goal, "epsilon", "full precision, %", *SCHEDULERS]
     keep = [True] * 4 + used
     cut = [[cell for cell, kept in zip(row, keep, strict=True) if kept] for row in [titles, *rows]]
     return table(cut[0], cut[1:], range(3, len(cut[0]))) if rows else ""

@@ -48,6 +48,12 @@ def _scheduling(found: Mapping[str, Evidence]) -> str:
         "Quantizing all layers in the first epochs and none in the last (`annealed`) does better than `static`, of as "
         f"many layers in all, in {_counted(ended)}{f', by {span(gains)}' if gains else ''}."
     )
+    if budgets := by_budget(found, "annealed", "static"):
+        more = shown(budgets, 1)
+        told.append(
+            f"At epsilon 1 it gains more than at epsilon 8 in {_counted(budgets)}"
+            f"{f', by {span(more)}' if more else ''}."
+        )
     return " ".join(told + _best(found))
 
 
@@ -93,7 +99,7 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 "Into the number format before the schedule: with all layers of CIFAR-10's CNN in it, points less full "
                 f"precision: {'; '.join(costs)}."
             )
-    if costs := by_budget(found):
+    if costs := by_budget(found, "full", "static"):
         more = shown(costs, 1)
         told.append(
             "The smaller the privacy budget, the more quantization costs: at epsilon 1 more than at epsilon 8 in "

@@ -37,6 +37,7 @@ TITLES = {
     "cifar10_time_fresh": "CIFAR-10 at equal modelled time on fresh seeds",
     "digits_time_budgets": "Schedulers on the digits at equal modelled time at three budgets",
     "digits_time_fresh": "The digits at equal modelled time on fresh seeds",
+    "digits_epsilon1_fresh": "The digits at epsilon 1 at equal modelled time on fresh seeds",
     "fashion_rates": "Other learning rates on Fashion-MNIST",
     "cifar10_rates": "Other learning rates on CIFAR-10",
     "cifar10_quantizers": "Other quantizers on CIFAR-10",

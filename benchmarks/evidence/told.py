@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from dpquant.statistics import Sample, paired
 
-from .files import Evidence
-from .glance import SUBJECTS, at_equal_time, schedules
+from .files import Evidence, Pair, differences
+from .glance import SUBJECTS, at_equal_time, rest, schedules
 from .markdown import difference
 from .sweep_tables import scheduler_averages
 
@@ -38,26 +38,31 @@ def unprobed(found: Mapping[str, Evidence], scheduler: str, other: str, *, equal
     return [(name, value) for name, estimator, value in values if estimator != "probe"]
 
 
-def by_budget(found: Mapping[str, Evidence]) -> Told:
-    """How much more `static` loses at epsilon 1 than at epsilon 8, of a seed the mean over the shares of the layers."""
+def by_budget(found: Mapping[str, Evidence], scheduler: str, other: str) -> Told:
+    """One scheduler less another at epsilon 1, less the same at epsilon 8; of a seed the mean over its goals."""
     told = []
     for name, subject in SUBJECTS.items():
-        evidence = found.get(name)
-        if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
+        if (evidence := found.get(name)) is None:
             continue
-        losses = [
-            {
-                p["schedule.fraction"]: evidence.lost(p)
-                for p in schedules(evidence, "static", {"target_epsilon": epsilon})
-            }
-            for epsilon in (1.0, 8.0)
-        ]
-        shares = losses[0].keys() & losses[1].keys()
-        seeds = set.intersection(*(set(lost[share]) for lost in losses for share in shares)) if shares else set()
-        small, large = ({s: sum(lost[share][s] for share in shares) / len(shares) for s in seeds} for lost in losses)
-        if len(seeds) >= SEEDS:
-            told.append((subject, paired(large, small)))
+        goal = "schedule.target_speedup" if at_equal_time(evidence) else "schedule.fraction"
+        small, large = (_by_goal(evidence, scheduler, other, epsilon, goal) for epsilon in (1.0, 8.0))
+        shared = small.keys() & large.keys()
+        gains = [differences(evidence, [known[value] for value in shared], complete=True) for known in (small, large)]
+        if shared and (value := paired(*gains)).n >= SEEDS:
+            told.append((subject, value))
     return told
+
+
+def _by_goal(evidence: Evidence, scheduler: str, other: str, epsilon: float, goal: str) -> dict[float, Pair]:
+    """At one budget, goal -> a point of a scheduler and the like of another; of full precision, what goes with it."""
+    wanted = {"target_epsilon": epsilon}
+    own = {rest(p): p for p in schedules(evidence, scheduler, wanted)}
+    pairs = {}
+    for there in schedules(evidence, other, wanted):
+        here = evidence.full_precision(there) if scheduler == "full" else own.get(rest(there))
+        if here is not None:
+            pairs[there[goal]] = (here, there)
+    return pairs
 
 
 def span(values: Told) -> str:
