@@ -20,8 +20,11 @@ SUBSETS = {
     "digits_time": ("digits_time_subsets", 6),
     "cifar10_resnet18": ("cifar10_resnet18_subsets", 21),
     "fashion_time_fresh": ("fashion_time_fresh", 4),
+    "fashion_epsilon1_fresh": ("fashion_epsilon1_fresh", 4),
     "cifar10_time_fresh": ("cifar10_time_fresh", 8),
+    "cifar10_epsilon1_fresh": ("cifar10_epsilon1_fresh", 8),
     "cifar10_resnet18_fresh": ("cifar10_resnet18_fresh", 21),
+    "cifar10_resnet18_epsilon1_fresh": ("cifar10_resnet18_epsilon1_fresh", 21),
     "digits_time_fresh": ("digits_time_fresh", 6),
     "digits_epsilon1_fresh": ("digits_epsilon1_fresh", 6),
 }

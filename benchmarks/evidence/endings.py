@@ -113,21 +113,30 @@ def _room(evidence: Evidence, fixed: Settings) -> str:
     return f" (nor is full precision shown to be better than it: {difference(room)})"
 
 
+LENGTHS = {
+    "ResNet-18 on CIFAR-10": ("cifar10_resnet18", "cifar10_resnet18_epochs"),
+    "the digits at epsilon 1": ("digits_epochs",),
+}
+"""Network and data -> sweeps of one goal and several numbers of epochs."""
+
+
 def _by_length(found: Mapping[str, Evidence]) -> list[str]:
     """What it gains on the same layers to the end, by the number of epochs."""
-    parts = {}
-    for name in ("cifar10_resnet18", "cifar10_resnet18_epochs"):
-        evidence = found.get(name)
-        for point in evidence.points(scheduler="cooldown") if evidence is not None else ():
-            assert evidence is not None
-            other = next(p for p in evidence.points(scheduler="greedy") if rest(p) == rest(point))
-            value, lost = evidence.compared(point, other), sample([*evidence.lost(other).values()])
-            if min(value.n, lost.n) >= SEEDS:
-                epochs = point["training.epochs"]
-                parts[epochs] = f"{difference(value)} points after {epochs} epochs, where that loses {difference(lost)}"
-    if len(parts) < 2:
-        return []
-    return [
-        "Whether its gain hangs on the length of the run, `cooldown` less `greedy` on ResNet-18 on CIFAR-10: "
-        f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision."
-    ]
+    said = []
+    for subject, names in LENGTHS.items():
+        parts = {}
+        for evidence in (found[name] for name in names if name in found):
+            for point in evidence.points(scheduler="cooldown"):
+                other = next(p for p in evidence.points(scheduler="greedy") if rest(p) == rest(point))
+                value, lost = evidence.compared(point, other), sample([*evidence.lost(other).values()])
+                if min(value.n, lost.n) >= SEEDS:
+                    epochs = point["training.epochs"]
+                    parts[epochs] = (
+                        f"{difference(value)} points after {epochs} epochs, where that loses {difference(lost)}"
+                    )
+        if len(parts) > 1:
+            said.append(
+                f"Whether its gain hangs on the length of the run, `cooldown` less `greedy` on {subject}: "
+                f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision."
+            )
+    return said
