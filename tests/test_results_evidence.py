@@ -207,6 +207,7 @@ def test_the_length_of_runs_is_told_from_two_sweeps() -> None:
         ("+5.00", "15", "-10.00"),
         ("+20.00", "30", "-10.00"),
     ]
+    assert said.endswith("The longest less the shortest: +26.00 (+26.00 to +26.00).")
     one = {names[0]: invented(names[0], accuracy, 4)}
     assert not any("length of the run" in text for text in endings.sentences(one))
 

@@ -347,6 +347,22 @@ def test_claims_by_another_hand() -> None:
     assert f"the last less the first {by_hand(ends[0.9], ends[0.5])[0]}" in found.split("CIFAR-10's CNN")[1]
 
 
+def test_what_hangs_on_the_length_by_another_hand() -> None:
+    lines = raw("digits_epochs")
+    lengths = sorted({line["settings"]["training.epochs"] for line in lines})
+    known = {
+        (length, scheduler): of(lines, epochs=length, scheduler=scheduler)
+        for length in lengths
+        for scheduler in ("cooldown", "greedy", "full")
+    }
+    text = "; ".join(
+        f"{by_hand(known[length, 'cooldown'], known[length, 'greedy'])[0]} points after {length} epochs, "
+        f"where that loses {by_hand(known[length, 'greedy'], known[length, 'full'])[0]}"
+        for length in lengths
+    )
+    assert f"`cooldown` less `greedy` on the digits at epsilon 1: {text} against full precision." in found_said()
+
+
 @pytest.mark.parametrize("scheduler", ["annealed", "cooldown"])
 def test_what_hangs_on_the_budget_by_another_hand(scheduler: str) -> None:
     found = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpquant.statistics import sample
+from dpquant.statistics import paired, sample
 
 from .choices import every_choice, folded, known_choices
-from .files import Evidence, Settings
+from .files import Accuracies, Evidence, Settings, differences
 from .glance import MODELS, SUBJECTS, rest
 from .markdown import difference, verdict
 from .told import SEEDS, by, by_budget, compared, shown, span
@@ -124,19 +124,22 @@ def _by_length(found: Mapping[str, Evidence]) -> list[str]:
     """What it gains on the same layers to the end, by the number of epochs."""
     said = []
     for subject, names in LENGTHS.items():
+        gains: dict[int, Accuracies] = {}
         parts = {}
         for evidence in (found[name] for name in names if name in found):
             for point in evidence.points(scheduler="cooldown"):
                 other = next(p for p in evidence.points(scheduler="greedy") if rest(p) == rest(point))
-                value, lost = evidence.compared(point, other), sample([*evidence.lost(other).values()])
-                if min(value.n, lost.n) >= SEEDS:
+                gain, lost = differences(evidence, [(point, other)]), sample([*evidence.lost(other).values()])
+                if min(len(gain), lost.n) >= SEEDS:
                     epochs = point["training.epochs"]
-                    parts[epochs] = (
-                        f"{difference(value)} points after {epochs} epochs, where that loses {difference(lost)}"
-                    )
+                    gains[epochs] = gain
+                    gained = difference(sample([*gain.values()]))
+                    parts[epochs] = f"{gained} points after {epochs} epochs, where that loses {difference(lost)}"
         if len(parts) > 1:
+            grown = paired(gains[max(gains)], gains[min(gains)])
             said.append(
                 f"Whether its gain hangs on the length of the run, `cooldown` less `greedy` on {subject}: "
-                f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision."
+                f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision. The longest less the "
+                f"shortest: {difference(grown)}."
             )
     return said
