@@ -393,19 +393,14 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
 
     found = load_all()
     readme, guides = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "docs/guides.md"))
-    (fresh,) = (
-        one for one in choices.known_choices(found, equal_time=True) if one.subject == "CIFAR-10's CNN on fresh seeds"
-    )
-    first, second = (difference(value) for *_, value in choices.every_choice(fresh, "cooldown"))
-    every = [v for one in choices.known_choices(found, equal_time=True) if one.fresh
-             for *_, v in choices.every_choice(one, "cooldown")]  # fmt: skip
+    fresh = {one.subject: one for one in choices.known_choices(found, equal_time=True) if one.fresh}
+    gains = {name: [value for *_, value in choices.every_choice(one, "cooldown")] for name, one in fresh.items()}
+    first, second = (difference(value) for value in gains["CIFAR-10's CNN on fresh seeds"])
+    every = [value for own in gains.values() for value in own]
     better, worse = (sum(value.sign == sign for value in every) for sign in (1, -1))
     assert f"it did better than {better} of {len(every)} and worse than {worse}: at epsilon 8 CIFAR-10's CNN" in readme
     assert f"gained {first} points on the best of them at 1.15x and {second} at 1.31x;" in readme
-    known = choices.known_choices(found, equal_time=True)
-    (digits,) = (one for one in known if one.subject == "the digits' CNN at epsilon 1 on fresh seeds")
-    gains = [value for *_, value in choices.every_choice(digits, "cooldown")]
-    least = min(gains, key=lambda value: value.mean or 0.0)
+    least = min(gains["the digits' CNN at epsilon 1 on fresh seeds"], key=lambda value: value.mean or 0.0)
     assert f"the demonstration's digits gained {difference(least)} or more." in readme
     formats = found["cifar10_formats"]
     full = formats.points(scheduler="full")[0]

@@ -10,9 +10,7 @@ from html import escape
 from dpquant.statistics import Sample
 
 COLOURS = ("#57606a", "#b4450f", "#9a6700", "#0b5cad", "#1a7f37", "#8250df", "#cf222e", "#bf3989", "#1b7c83")
-_SCHEDULERS = (
-    *("full", "static", "pls", "dpquant, released", "cooldown", "annealed", "delayed", "dpquant, probe", "greedy"),
-)
+_SERIES = ("full", "static", "pls", "dpquant, released", "cooldown", "annealed", "delayed", "dpquant, probe", "greedy")
 """Each has its colour, the same in all plots."""
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 270, 246, 44, 42, 34
 _GREY, _DARK, _LIGHT = "#57606a", "#1f2328", "#d8dee4"
@@ -189,7 +187,7 @@ def _text(x: float, y: float, said: str, anchor: str = "start", *, weight: int =
 
 
 def _colour(names: Sequence[str], name: str) -> str:
-    known = _SCHEDULERS if name in _SCHEDULERS else names
+    known = _SERIES if name in _SERIES else names
     return COLOURS[known.index(name) % len(COLOURS)]
 
 
