@@ -97,7 +97,7 @@ class Goal:
             tuple(modelled.policies),
             sensitivities=sensitivities,
             beta=self.beta,
-            savings=modelled.savings if self.scheduler in ("greedy", "cooldown") else None,
+            savings=modelled.savings,
             epoch=epoch,
             seed=seed,
         )

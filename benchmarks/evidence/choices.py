@@ -178,6 +178,11 @@ def every_choice(choices: Choices, scheduler: str) -> Iterator[tuple[Settings, S
                     yield scheduled, fixed, versus
 
 
+def room(evidence: Evidence, fixed: Settings) -> Sample:
+    """What full precision gains on a fixed choice: what there is to give back."""
+    return sample([-lost for lost in evidence.lost(fixed).values()])
+
+
 def every_choice_table(known: list[Choices], scheduler: str) -> str:
     """A scheduler against each fixed choice like it, with the modelled speedup of both; then the other schedulers."""
     others = [s for s in SCHEDULERS if s not in (scheduler, "static")]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dpquant.statistics import sample
 
 from . import chips, variance_tables
-from .choices import every_choice, known_choices
+from .choices import every_choice, known_choices, room
 from .files import Evidence
 from .findings import anchors
 from .markdown import difference
@@ -61,9 +61,12 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     """Cooldown against the fixed choices that reach the same speedup."""
     tried: Told = []
     fresh: Told = []
+    open_with_room = 0
     for choices in known_choices(found, equal_time=True):
-        values = [(choices.subject, v) for *_, v in every_choice(choices, "cooldown") if v.n >= SEEDS]
-        (fresh if choices.fresh else tried).extend(values)
+        for _, fixed, value in every_choice(choices, "cooldown"):
+            if value.n >= SEEDS:
+                (fresh if choices.fresh else tried).append((choices.subject, value))
+                open_with_room += choices.fresh and not value.sign and room(choices.fixed, fixed).sign == 1
     if not tried:
         return []
     text = (
@@ -72,8 +75,10 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
         f"worse than {len(shown(tried, -1))}"
     )
     if fresh:
-        better, worse = (len(shown(fresh, sign)) for sign in (1, -1))
+        better, worse, undecided = (len(shown(fresh, sign)) for sign in (1, -1, 0))
         text += f"; on seeds that nothing was chosen on, better than {better} of {len(fresh)}, and worse than {worse}"
+        if undecided:
+            text += f" (of the other {undecided} full precision itself is shown to be better than {open_with_room})"
     return [f"{text}. Such schedules measure nothing, and so cost no privacy."]
 
 
