@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evidence import chips, claims, findings, glance, operand_tables, summary, variance_tables
 from evidence.choices import best_static, every_choice_table, known_choices
-from evidence.files import ROOT, Evidence, Settings, load_all
+from evidence.files import ROOT, SEEDS, Evidence, Settings, load_all
 from evidence.markdown import table
 from evidence.plots import Cloud, Panel, dots, forest, scatter
 from evidence.sweep_tables import (
@@ -25,7 +25,7 @@ from evidence.sweep_tables import (
     scheduler_averages,
     section,
 )
-from evidence.told import DATA, SEEDS
+from evidence.told import DATA
 
 from dpquant.statistics import Sample, sample
 from dpquant.sweep import shipped_sweeps
@@ -36,8 +36,12 @@ PLOTS = ROOT / "docs" / "results"
 INTRODUCTION = """What was trained to find out whether scheduling saves accuracy under FP4, where, and what it buys on
 real chips. `python benchmarks/results_page.py` writes this page from the files under `benchmarks/results` (one line a
 run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the last
-epoch. Differences are paired: the same seed with and without; `(a to b)` is their 95 % interval by Student's t, and
-where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance. CIFAR-10 is its JPEG copy."""
+epoch, in percent; a point is one percent of the test data. Epsilon is the privacy budget: the smaller, the stricter.
+LUQ-FP4, the paper's format, has four bits. Differences are paired: the same seed with and without; `(a to b)` is their
+95 % interval by Student's t over the seeds (not over test images: the digits have 297, each a third of a point), and
+where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance; hence counts of comparisons are told
+with Holm's correction for their number too. A comparison is one of two schedulers over the settings of one sweep, and
+several sweeps are of one network. CIFAR-10 is its JPEG copy."""
 VARIANCE = (
     """`python benchmarks/variance.py --out benchmarks/results/variance.jsonl`: Fashion-MNIST's CNN, five seeds, three
     ways of training with one learning rate and, where there is noise, the same noise. Mean ± sd over seeds, then the
@@ -86,8 +90,8 @@ CHOICES = (
         rates of a B200, and would not without any one of their layers; so some are faster than the schedulers. For the
         small networks these are all there are; for ResNet-18 the one of fewest layers, and others that were drawn; on
         fresh seeds, those that nothing was chosen on, the ones that came nearest to `cooldown`, or all of them.""",
-        """Each of the fixed choices by itself against `cooldown`, and then the others, at the highest speedup aimed at
-        that it reaches, over all seeds: no choice was made, and so none is favoured.""",
+        """Each of the fixed choices by itself against `cooldown`, and then the others, at the speedup aimed at that is
+        nearest to its own, over all seeds: no choice was made, and so none is favoured.""",
     ),
 )
 """Title, scheduler that is told first, what the choices are, and of the table of all."""
@@ -318,7 +322,13 @@ def hours(found: Mapping[str, Evidence]) -> str:
             own = [r for r in evidence.results.values() if (r.device or "-") == device]
             ran = sum(r.wall_s or 0.0 for r in own) / 3600
             rows.append([TITLES.get(name, name), device, f"{len(own)}", f"{ran:.2f}", busy_hours(own)])
-    note = "Runs share their device, so run-hours add up to more than the device was busy for; `-`: not recorded.\n\n"
+    results = [r for evidence in found.values() for r in evidence.results.values()]
+    totals = [
+        f"{sum(r.wall_s or 0.0 for r in results if r.device == device) / 3600:.1f} on {device}"
+        for device in sorted({r.device for r in results if r.device})
+    ]
+    note = f"{len(results)} runs, run-hours: {', '.join(totals)}. Runs share their device, so run-hours add up to more "
+    note += "than the device was busy for; `-`: not recorded.\n\n"
     return note + table(["sweep", "device", "runs", "run-hours", "device-hours"], rows, range(2, 5))
 
 
@@ -365,10 +375,9 @@ def differences_plot(found: Mapping[str, Evidence]) -> str | None:
         if name not in found:
             continue
         title = glance.SUBJECTS[name] + (", equal time" if glance.at_equal_time(found[name]) else "")
-        averages = [(c, value) for c, value in scheduler_averages(found[name]) if value.n >= SEEDS]
-        lines = {c.short: value for c, value in averages if c.other == "static"}
-        if lines:
-            groups[title] = lines
+        for comparison, model, value in scheduler_averages(found[name]):
+            if comparison.other == "static" and value.n >= SEEDS:
+                groups.setdefault(glance.narrowed(title, model), {})[comparison.short] = value
     return forest(groups, "points of test accuracy over static, a fixed random choice, 95 %") if groups else None
 
 

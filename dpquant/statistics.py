@@ -34,6 +34,15 @@ class Sample:
             return None
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
+    @property
+    def p_value(self) -> float | None:
+        """How often a mean of 0 would give one at least as far from it (Student's t, two-sided); None as for `sign`."""
+        if self.mean is None or self.sd is None:
+            return None
+        if not self.sd:
+            return 0.0 if self.mean else 1.0
+        return 2 * t_cdf(-abs(self.mean) * math.sqrt(self.n) / self.sd, self.n - 1)
+
 
 def sample(values: Sequence[float], confidence: float = 0.95) -> Sample:
     """Mean, standard deviation and the mean's interval, taking the values as independent and normal."""
@@ -52,6 +61,19 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidenc
     """Differences ``values - baseline`` seed by seed, over the seeds that both have."""
     seeds = sorted(values.keys() & baseline.keys())
     return sample([values[seed] - baseline[seed] for seed in seeds], confidence)
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several hypotheses are refused so that one true among them is refused at most ``level`` of the time.
+
+    Holm's step-down method (Scandinavian Journal of Statistics 6, 1979), whatever their dependence.
+    """
+    refused = [False] * len(p_values)
+    for done, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[i] > level / (len(p_values) - done):
+            break
+        refused[i] = True
+    return refused
 
 
 def t_cdf(t: float, degrees: int) -> float:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from evidence import chips, choices, glance, operand_tables, sweep_tables  # noqa: E402
+from evidence import chips, choices, glance, operand_tables, sweep_tables, told  # noqa: E402
 from evidence.files import load_all  # noqa: E402
 from evidence.markdown import difference  # noqa: E402
 
@@ -144,7 +144,7 @@ def reached(name: str) -> list[tuple[float, list[str], dict[int, float]]]:
     choices: dict[str, tuple[float, list[str], dict[int, float]]] = {}
     for line in subsets:
         if (layers := line["settings"]["schedule.layers"]) is not None:
-            target = max(target for target in targets if target <= line["speedup_peak"])
+            target = min(targets, key=lambda one: abs(one - line["speedup_peak"]))
             choices.setdefault(str(layers), (target, layers, {}))[2][line["seed"]] = line["accuracy"]
     return list(choices.values())
 
@@ -181,11 +181,13 @@ def test_choices_of_the_same_speedup_by_another_hand() -> None:
                 verdicts.setdefault(subject, []).append(said)
     assert not shown
     left = [room for said, room in fresh if said == "no difference shown"]
-    counts = f"better than {[said for said, _ in fresh].count('better')} of {len(fresh)}, and worse than "
-    counts += f"{[said for said, _ in fresh].count('worse')}"
+    verdicts_fresh = [said for said, _ in fresh]
+    counts = rf"better than {verdicts_fresh.count('better')} of {len(fresh)} (?:\[\d+\])?, and worse than "
+    counts += f"{verdicts_fresh.count('worse')}"
     if left:
-        counts += f" (of the other {len(left)} full precision itself is shown to be better than {left.count('better')})"
-    assert f"on seeds that nothing was chosen on, {counts}. " in " ".join(PAGE.read_text().split())
+        none = len(left) - left.count("better")
+        counts += rf" \(for the other {len(left)} no difference is shown; in {none} of these quantizing costs nothing"
+    assert re.search(rf"on seeds that nothing was chosen on, {counts}", " ".join(PAGE.read_text().split()))
     known = [one for many in verdicts.values() for one in many]
     parts = ", ".join(f"{many.count('better')} of {len(many)} on {subject}" for subject, many in verdicts.items())
     counted = re.search(
@@ -199,32 +201,49 @@ def test_choices_of_the_same_speedup_by_another_hand() -> None:
         assert (int(counted[1]), int(counted[2]), counted[3], int(counted[4]), int(counted[5] or 0)) == found
 
 
-def averaged(name: str, scheduler: str, other: str) -> tuple[str, str] | None:
+def gained(name: str, scheduler: str, other: str, estimator: str = "released") -> dict[int, float]:
     """One scheduler less another, each seed's mean over the settings of a sweep that both have."""
     known: dict[str, dict[tuple[str, int], float]] = {}
     for line in raw(name):
         settings = dict(line["settings"])
-        estimator, kind = settings.pop("analysis.estimator", "released"), settings.pop("schedule.scheduler")
-        if line["status"] == "done" and (kind != "dpquant" or estimator == "released"):
+        own, kind = settings.pop("analysis.estimator", "released"), settings.pop("schedule.scheduler")
+        if line["status"] == "done" and (kind != "dpquant" or own == estimator):
             known.setdefault(kind, {})[point_key(settings), line["seed"]] = line["accuracy"]
     by_seed: dict[int, list[float]] = {}
     theirs = known.get(other, {})
     for (point, seed), accuracy in known.get(scheduler, {}).items():
         if (point, seed) in theirs:
             by_seed.setdefault(seed, []).append(accuracy - theirs[point, seed])
-    differences = {seed: statistics.fmean(values) for seed, values in by_seed.items()}
-    return by_hand(differences, dict.fromkeys(differences, 0.0)) if len(differences) >= 3 else None
+    return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
+
+
+def compared(scheduler: str, other: str, estimator: str = "released") -> tuple[int, list[str], list[str], int]:
+    """How many comparisons there are; those better and worse; of how many Holm's correction leaves better."""
+    stats = pytest.importorskip("scipy.stats")
+    known = [own for name in glance.SUBJECTS if len(own := gained(name, scheduler, other, estimator)) >= 3]
+    found = [by_hand(own, dict.fromkeys(own, 0.0)) for own in known]
+    better, worse = ([text for text, verdict in found if verdict == word] for word in ("better", "worse"))
+    tested = sorted((stats.ttest_1samp([*own.values()], 0).pvalue, statistics.fmean(own.values())) for own in known)
+    left = 0
+    for i, (p, mean) in enumerate(tested):
+        if p * (len(tested) - i) > 0.05:
+            break
+        left += mean > 0
+    return len(known), better, worse, left
 
 
 @pytest.mark.parametrize(("scheduler", "other"), [("pls", "static"), ("dpquant", "static"), ("dpquant", "pls")])
 def test_in_how_many_comparisons_by_another_hand(scheduler: str, other: str) -> None:
-    values = [one for name in glance.SUBJECTS if (one := averaged(name, scheduler, other)) is not None]
-    better, worse = ([text for text, verdict in values if verdict == word] for word in ("better", "worse"))
+    count, better, worse, left = compared(scheduler, other)
     name = "one fixed random choice (`static`)" if scheduler == "pls" else f"`{other}`"
     said = found_said().split("Changing *when*")[0]
-    counted = re.search(rf"better than {re.escape(name)} in (\d+) of (\d+) comparisons(.*?) and worse in (\d+)", said)
+    counted = re.search(
+        rf"better than {re.escape(name)} in (\d+) of (\d+) comparisons(.*?) and worse in (\d+)"
+        r".*?, after Holm's correction in (\d+)",
+        said,
+    )
     assert counted
-    assert (int(counted[1]), int(counted[2]), int(counted[4])) == (len(better), len(values), len(worse))
+    assert (*map(int, counted.group(1, 2, 4, 5)),) == (len(better), count, len(worse), left)
     assert all(text in better for text in re.findall(r"[+-]\S+ \(\S+ to \S+\)(?= points)", counted[3]))
 
 
@@ -266,21 +285,29 @@ def test_preference_accumulation_and_operands_by_another_hand() -> None:
 
 def test_the_summary_counts_as_the_details_do() -> None:
     text = " ".join(PAGE.read_text().split("## What was found")[1].split("## At a glance")[0].split())
+    holm = r" of (\d+) comparisons.*?, after Holm's correction in (\d+)"
     for short, long in (
-        (r"fixed random choice \(`static`\) in (\d+) of (\d+)", r"random choice \(`static`\) in (\d+) of (\d+)"),
-        (r"does better than `pls` in (\d+) of (\d+)", r"better than `pls` in (\d+) of (\d+)"),
-        (r"as many layers in all, in (\d+) of (\d+)", r"\(`annealed`\) is better than `static` in (\d+) of (\d+)"),
+        (
+            r"fixed random choice \(`static`\) in (\d+) of (\d+) \[(\d+)\]",
+            r"random choice \(`static`\) in (\d+)" + holm,
+        ),
+        (r"does better than `pls` in (\d+) of (\d+) \[(\d+)\]", r"better than `pls` in (\d+)" + holm),
+        (r"times epochs in (\d+) of (\d+) \[(\d+)\]", r"\(`annealed`\) is better than `static` in (\d+)" + holm),
     ):
-        told, counted = re.search(short, text), re.search(long, found_said())
-        assert told
+        short_one, counted = re.search(short, text), re.search(long, found_said())
+        assert short_one
         assert counted
-        assert told.groups() == counted.groups()
-    told = re.search(r"does better than (\d+) of the (\d+) fixed choices .*?, and worse than (\d+)", text)
+        assert short_one.groups() == counted.groups()
+    count, better, worse, _ = compared("dpquant", "pls", "probe")
+    assert f", in {len(better)} of {count} by the private measurement of the paper" in text
+    assert f"`dpquant` with it is better than `pls` in {len(better)} of {count} comparisons" in found_said()
+    assert all(one in found_said() for one in worse)
+    tried = re.search(r"does better than (\d+) of (\d+) (?:\[\d+\] )?fixed choices .*?, and worse than (\d+)", text)
     counted = re.search(
         r"reach the same modelled speedup, `cooldown` .*? better than (\d+) .*? and worse than (\d+)", found_said()
     )
-    assert bool(told) == bool(counted)
-    assert not (told and counted) or (told[1], told[3]) == counted.groups()
+    assert bool(tried) == bool(counted)
+    assert not (tried and counted) or (tried[1], tried[3]) == counted.groups()
     for path, fmt in (("luq_fp4", "LUQ-FP4"), ("nvfp4", "NVFP4")):
         lines = raw("cifar10_formats")
         lost, _ = by_hand(of(lines, format=path, scheduler="static", fraction=1.0), of(lines, scheduler="full"))
@@ -296,14 +323,14 @@ def claimed(said: str) -> tuple[str, str]:
 
 
 def test_claims_by_another_hand() -> None:
-    values = [one for name in glance.SUBJECTS if (one := averaged(name, "dpquant", "pls")) is not None]
-    better, worse = ([text for text, verdict in values if verdict == word] for word in ("better", "worse"))
-    found, verdict = claimed("is better than `pls`")
-    assert found.startswith(f"Better in {len(better)} of {len(values)} comparisons")
-    assert all(text in found for text in better)
-    assert verdict == (
-        "in places" if 0 < len(better) < len(values) else "yes" if better else "no" if worse else "not shown"
-    )
+    for estimator, place in (("released", "gradients that are released"), ("probe", "the private measurement")):
+        count, better, worse, left = compared("dpquant", "pls", estimator)
+        found, verdict = claimed(f"insensitive by {place}")
+        assert found.startswith(f"Better in {len(better)} of {count} comparisons")
+        assert f"worse in {len(worse)}; after Holm's correction in {left} and " in found
+        assert all(text in found for text in better)
+        harmless = found.endswith("and 0.")
+        assert verdict == ("yes" if left == count else "in places" if left else "not shown" if harmless else "no")
 
     def lost(lines: list[dict[str, Any]], **settings: Any) -> dict[int, float]:
         full = of(lines, scheduler="full", **{k: v for k, v in settings.items() if k != "fraction"})
@@ -329,11 +356,16 @@ def test_claims_by_another_hand() -> None:
             epsilon: {seed: statistics.fmean(own[seed] for own in known) for seed in known[0]}
             for epsilon, known in losses.items()
         }
-        more_by_name[glance.SUBJECTS[name]] = by_hand(mean[8.0], mean[1.0])
-    assert ", ".join(f"{text} on {name}" for name, (text, _) in more_by_name.items()) in found
-    count = sum(word == "better" for _, word in more_by_name.values())
+        more_by_name[name] = by_hand(mean[8.0], mean[1.0])
+    assert ", ".join(f"{text} on {glance.SUBJECTS[name]}" for name, (text, _) in more_by_name.items()) in found
     summary = " ".join(PAGE.read_text().split("## What was found")[1].split("## At a glance")[0].split())
-    assert f"at epsilon 1 more than at epsilon 8 in {count} of {len(more_by_name)} comparisons" in summary
+    said = re.search(
+        r"it costs more than at epsilon 8 in (\d+ of \d+).*? by share of the layers and (\d+ of \d+)", summary
+    )
+    assert said
+    for text, equal in zip(said.groups(), (False, True), strict=True):
+        own = [word for name, (_, word) in more_by_name.items() if ("_time" in name or "_budgets" in name) == equal]
+        assert text == f"{own.count('better')} of {len(own)}"
     found, verdict = claimed("2.21 times")
     main = raw("cifar10_resnet18_main")
     drawn = of(main, scheduler="dpquant", fraction=0.9, target_epsilon=8.0, estimator="released")
@@ -417,7 +449,7 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
     every = [value for own in gains.values() for value in own]
     better, worse = (sum(value.sign == sign for value in every) for sign in (1, -1))
     assert f"it did better than {better} of {len(every)} and worse than {worse}: at epsilon 8 CIFAR-10's CNN" in readme
-    assert f"gained {first} points on the best of them at 1.15x and {second} at 1.31x;" in readme
+    assert f"gained {first} points at 1.15x on the choice that had done best before, and {second} at 1.31x;" in readme
     least = min(gains["the digits' CNN at epsilon 1 on fresh seeds"], key=lambda value: value.mean or 0.0)
     assert f"the demonstration's digits gained {difference(least)} or more." in readme
     formats = found["cifar10_formats"]
@@ -427,6 +459,18 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
         for name in ("nvfp4", "luq_fp4")
     )
     assert f"NVFP4 loses {nvfp4} points where LUQ-FP4 loses {luq}." in guides
+    # what they say without a number
+    to_the_end = [(name, value) for name, _, value in told.compared(found, "cooldown", "greedy", equal_time=True)]
+    unhelped = [value for name, value in to_the_end if "NVFP4" in name or "ResNet-50" in name or "DenseNet" in name]
+    assert unhelped
+    assert all(value.sign != 1 for value in unhelped)
+    by_budget = told.by_budget(found, "cooldown", "static")
+    assert 2 * len(told.shown(by_budget, 1)) > len(by_budget)
+    small = {"fashion_time_fresh", "cifar10_time_fresh", "cifar10_resnet18_fresh", "digits_time_fresh"}
+    quantized = [
+        r for name in small for r in found[name].results.values() if r.settings["schedule.scheduler"] != "full"
+    ]
+    assert all(r.speedup_calibrated < 1 for r in quantized)
 
 
 def test_trades_on_chips_are_the_cost_models_and_the_runs() -> None:

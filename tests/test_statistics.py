@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpquant.statistics import Sample, paired, sample, t_cdf, t_quantile
+from dpquant.statistics import Sample, holm, paired, sample, t_cdf, t_quantile
 from emulation.errors import InputError
 
 stats = pytest.importorskip("scipy.stats")
@@ -31,6 +31,36 @@ def test_distribution_is_scipys(t: float, degrees: int) -> None:
     else:
         expected = stats.t.cdf(t, degrees)
     assert t_cdf(t, degrees) == pytest.approx(expected, abs=1e-12)
+
+
+@given(VALUES)
+@example([0.25, 0.25])
+@example([0.0, 0.0])
+def test_p_values_are_scipys_and_agree_with_the_interval(values: list[float]) -> None:
+    found = sample(values)
+    assert found.p_value is not None
+    if len(set(values)) == 1:  # no spread: SciPy divides by 0
+        assert found.p_value == (0.0 if values[0] else 1.0)
+    elif found.sd and found.sd > 1e-9:  # below that SciPy's differences cancel
+        assert found.p_value == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=1e-9)
+    if abs(found.p_value - 0.05) > 1e-6:
+        assert (found.p_value < 0.05) == bool(found.sign)
+
+
+def test_no_p_value_without_two_values() -> None:
+    assert sample([]).p_value is None
+    assert sample([1.0]).p_value is None
+
+
+@given(st.lists(st.floats(0, 1), max_size=6), st.floats(0.001, 0.5))
+def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float], level: float) -> None:
+    """A hypothesis is refused where Bonferroni refuses every intersection that it is part of."""
+    count = len(p_values)
+    subsets = [[i for i in range(count) if chosen >> i & 1] for chosen in range(1, 2**count)]
+    expected = [
+        all(min(p_values[j] for j in own) <= level / len(own) for own in subsets if i in own) for i in range(count)
+    ]
+    assert holm(p_values, level) == expected
 
 
 @given(VALUES, st.sampled_from([0.5, 0.9, 0.95, 0.99]))

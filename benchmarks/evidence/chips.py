@@ -178,7 +178,8 @@ def sentence() -> str:
     return (
         "By published peak rates FP8 and FP4 on H200, B200, GB300 and MI355X would run the small CNNs of this page at "
         f"{ranges[0]} of full precision's speed; modelled on measured kernels it is {ranges[1]}: their steps are "
-        "launches, memory traffic and casts. Of wide layers NVFP4 on a B200 makes more: ViT-B/16 at batch 1024 "
+        "starting kernels, moving data and converting numbers. Of wide layers NVFP4 on a B200 makes more: ViT-B/16 at "
+        "batch 1024 "
         f"{large[1]} calibrated ({large[0]} peak), a transformer of width 4096 {widest[1]} ({widest[0]}). These are a "
         "model's figures, without an interval; its held-out error is in [calibration](calibration.md)."
     )

@@ -65,16 +65,16 @@ class Choices:
         return [p for p in self.fixed.sweep.points.values() if p.get("schedule.layers") is not None]
 
     def goal(self, settings: Settings) -> float | None:
-        """What a schedule aims at, or a choice reaches: layers, or the highest target of the schedulers' speedups."""
+        """What a schedule aims at, or a choice is held to: layers, or the nearest of the speedups aimed at."""
         chosen = settings.get("schedule.layers")
         if not self.equal_time:
             fraction = settings.get("schedule.fraction")
             return len(chosen) if chosen is not None else None if fraction is None else round(fraction * self.layers)
         if chosen is None:
             return settings.get("schedule.target_speedup")
-        speedup = self.fixed.speedup(settings) or 0.0
+        speedup = self.fixed.speedup(settings)
         targets = {p["schedule.target_speedup"] for p in self.main.sweep.points.values()} - {None}
-        return max((target for target in targets if target <= speedup), default=None)
+        return None if speedup is None else min(targets, key=lambda target: abs(target - speedup))
 
     def said(self, goal: float) -> str:
         """The goal in words."""

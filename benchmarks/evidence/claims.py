@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from dpquant.statistics import Sample, paired, sample
+from dpquant.statistics import paired, sample
 
 from . import variance_tables
-from .files import Accuracies, Evidence, differences
+from .files import SEEDS, Accuracies, Evidence, differences
 from .glance import SUBJECTS, rest, schedules
 from .markdown import difference, table, times
 from .sweep_tables import probe_costs
-from .told import SEEDS, Told, by_budget, shown, unprobed
+from .told import Told, by_budget, firm, probed, shown, unprobed
 
 Row = tuple[str, str, str]
 """What was said, what was found, and in a word."""
@@ -32,23 +32,27 @@ def _drawn(found: Mapping[str, Evidence]) -> Iterator[Row]:
 
 
 def _preferred(found: Mapping[str, Evidence]) -> Iterator[Row]:
-    values = unprobed(found, "dpquant", "pls")
-    if values:
-        yield (
-            "Preferring insensitive layers (`dpquant`) is better than `pls`.",
-            f"{_counted(values)}.",
-            _verdict(values),
-        )
+    for values, said in (
+        (probed(found, "pls"), "by the private measurement"),
+        (unprobed(found, "dpquant", "pls"), "by gradients that are released anyway, which is not of the paper,"),
+    ):
+        if values:
+            yield (
+                f"Preferring layers that are insensitive {said} (`dpquant`) is better than `pls`.",
+                f"{_counted(values)}.",
+                _verdict(values),
+            )
 
 
 def _counted(values: Told) -> str:
     gains = shown(values, 1)
     places = f" ({', '.join(f'{name} {difference(value)}' for name, value in gains)})" if gains else ""
-    return f"Better in {len(gains)} of {len(values)} comparisons{places}, worse in {len(shown(values, -1))}"
+    text = f"Better in {len(gains)} of {len(values)} comparisons{places}, worse in {len(shown(values, -1))}"
+    return f"{text}; after Holm's correction in {len(firm(values, 1))} and {len(firm(values, -1))}"
 
 
 def _verdict(values: Told) -> str:
-    better, worse = len(shown(values, 1)), len(shown(values, -1))
+    better, worse = len(firm(values, 1)), len(firm(values, -1))
     if better == len(values):
         return "yes"
     if better:
@@ -119,20 +123,16 @@ def _gradients(found: Mapping[str, Evidence]) -> Iterator[Row]:
     norm, uniform, luq = (variance_tables.said(one) for one in (measured.norm, measured.uniform, measured.luq))
     yield (
         "An example's gradient is about twice as long in private training.",
-        f"On Fashion-MNIST's CNN it is {norm} times as long after {variance_tables.last_step()} steps.",
-        "yes" if _holds(measured.norm, 2.0) else "not so here",
+        f"On Fashion-MNIST's CNN it is {norm} times as long after {variance_tables.last_step()} steps; with the same "
+        f"noise and no clipping {variance_tables.said(measured.noise)} times.",
+        "not so here" if variance_tables.excludes(measured.norm, 2.0) else "yes",
     )
     square = measured.uniform.low is not None and measured.uniform.low > 1.5
     yield (
         "Rounding's variance grows with the square of the largest magnitude.",
         f"On the uniform grid with its power {uniform}, on LUQ's logarithmic grid with its power {luq}.",
-        "nearly, on the uniform grid" if square and not _holds(measured.luq, 2.0) else "see the tables",
+        "nearly, on the uniform grid" if square and variance_tables.excludes(measured.luq, 2.0) else "see the tables",
     )
-
-
-def _holds(found: Sample, value: float) -> bool:
-    """Whether the interval does."""
-    return found.low is not None and found.high is not None and found.low <= value <= found.high
 
 
 def _budget(found: Mapping[str, Evidence]) -> Iterator[Row]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dpquant.statistics import Sample, paired, sample
 
 from .choices import every_choice, folded, known_choices, room
-from .files import Accuracies, Evidence, Settings, differences
+from .files import SEEDS, Accuracies, Evidence, Settings, differences
 from .glance import MODELS, SUBJECTS, rest
 from .markdown import difference, verdict
-from .told import SEEDS, by, by_budget, compared, shown, span
+from .told import Told, by, by_budget, compared, shown, span
 
 LATER = {"cifar10_resnet18_fresh": 20, "digits_time_fresh": 50}
 """Sweep -> the first of the seeds that were planned after those before it had left a difference open."""
@@ -85,6 +85,7 @@ def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
 def _fresh(found: Mapping[str, Evidence]) -> list[str]:
     """On seeds that nothing was chosen on."""
     said = []
+    beside_full: Told = []
     known = {choices.subject: choices for choices in known_choices(found, equal_time=True) if choices.fresh}
     for name, subject in SUBJECTS.items():
         if name not in found or not name.endswith("_fresh"):
@@ -98,6 +99,8 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
                 later.append(f"less {choice} {difference(own)} points, {verdict(own)}")
         greedy = {rest(p): p for p in evidence.points(scheduler="greedy")}
         for point in evidence.points(scheduler="cooldown"):
+            if (lost := sample([*evidence.lost(point).values()])).n >= SEEDS:
+                beside_full.append((subject, lost))
             if (other := greedy.get(rest(point))) is None or (value := evidence.compared(point, other)).n < SEEDS:
                 continue
             model = MODELS.get(str(point.get("model.name")))
@@ -108,9 +111,15 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
         if later:
             said.append(
                 f"On its seeds from {LATER[name]} on alone, which were planned after those before had left a "
-                "difference open (a second look misleads more often than once in twenty times; these had one), "
+                "difference open (a second look misleads more often than once in twenty times; these had but one), "
                 f"`cooldown` {'; '.join(later)}."
             )
+    if beside_full:
+        better, worse = (shown(beside_full, sign) for sign in (1, -1))
+        said.append(
+            f"Less full precision itself, on fresh seeds, `cooldown` is better in {len(better)} of {len(beside_full)}"
+            f"{by(better)} and worse in {len(worse)}{by(worse)}."
+        )
     return said
 
 
@@ -155,7 +164,7 @@ def _by_length(found: Mapping[str, Evidence]) -> list[str]:
         if len(parts) > 1:
             grown = paired(gains[max(gains)], gains[min(gains)])
             said.append(
-                f"Whether its gain hangs on the length of the run, `cooldown` less `greedy` on {subject}: "
+                f"Whether its gain depends on the length of the run, `cooldown` less `greedy` on {subject}: "
                 f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision. The longest less the "
                 f"shortest: {difference(grown)}."
             )

@@ -15,6 +15,9 @@ from dpquant.sweep_results import SweepResult, read_results
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+SEEDS = 3
+"""Fewer say nothing here: of two, a narrow interval is chance."""
+
 Settings = Mapping[str, Any]
 Accuracies = Mapping[int, float]
 

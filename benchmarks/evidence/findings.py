@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dpquant.statistics import Sample, sample
 
 from . import endings, operand_tables, variance_tables
-from .files import Evidence, Settings
+from .files import SEEDS, Evidence, Settings
 from .markdown import difference, interval, verdict
 from .sweep_tables import PUBLISHED, TITLES, probe_costs
-from .told import DATA, SEEDS, Told, by, compared, shown, unprobed
+from .told import DATA, Told, by, compared, firm, probed, shown, unprobed
 
 
 def details(found: Mapping[str, Evidence]) -> list[tuple[str, list[str]]]:
@@ -22,7 +22,7 @@ def _against(values: Told, other: str) -> str:
     """In how many comparisons something is better and worse than ``other``."""
     better, worse = shown(values, 1), shown(values, -1)
     text = f"better than {other} in {len(better)} of {len(values)} comparisons{by(better)} and worse in {len(worse)}"
-    return text + by(worse)
+    return f"{text}{by(worse)}, after Holm's correction in {len(firm(values, 1))} and {len(firm(values, -1))}"
 
 
 def _open(values: Told) -> str:
@@ -36,8 +36,8 @@ def _open(values: Told) -> str:
 
 
 def _helps(values: Told) -> str:
-    """In a word; of twenty comparisons one shows something by chance alone."""
-    better = len(shown(values, 1))
+    """In a word; of twenty comparisons one shows something by chance alone, and hence the correction."""
+    better = len(firm(values, 1))
     if not better:
         return "is not shown to help"
     return "helps in some places" if 2 * better < len(values) else "helps"
@@ -73,6 +73,11 @@ def _which(found: Mapping[str, Evidence]) -> list[str]:
         told.append(
             "Preferring layers that were found insensitive in gradients that are released anyway (`dpquant`) "
             f"{_helps(preferred)}: it is {_against(preferred, '`pls`')}, and {_against(over_static, '`static`')}."
+        )
+    if by_probe := probed(found, "pls"):
+        told.append(
+            f"By the private measurement of the paper that {_helps(by_probe)}: `dpquant` with it is "
+            f"{_against(by_probe, '`pls`')}{_open(by_probe)}."
         )
     told += _preference(found) + _elsewhere(found) + _by_time(found)
     told += [
@@ -121,7 +126,7 @@ def _elsewhere(found: Mapping[str, Evidence]) -> list[str]:
                     parts.append(f"{place}: {difference(drawn)}, {difference(preferred)}")
         if parts:
             said.append(
-                f"Whether it hangs on the {what}, `pls` less `static` and `dpquant` less `pls` in points: "
+                f"Whether it depends on the {what}, `pls` less `static` and `dpquant` less `pls` in points: "
                 f"{'; '.join(parts)}."
             )
     return said
@@ -160,8 +165,8 @@ def _when(found: Mapping[str, Evidence]) -> list[str]:
 
 
 def anchors(found: Mapping[str, Evidence]) -> str:
-    """Full precision beside what was published."""
-    parts = []
+    """Full precision beside what was published; empty where it was not trained."""
+    parts, near = [], []
     for name, published in PUBLISHED.items():
         if name not in found:
             continue
@@ -170,7 +175,11 @@ def anchors(found: Mapping[str, Evidence]) -> str:
         if own.mean is not None and own.low is not None:
             data = DATA[name.split("_")[0]]
             parts.append(f"{data} {100 * own.mean:.1f} % (95 % {interval(own)}), published {published:.1f} %")
-    return "; ".join(parts)
+            near.append(abs(100 * own.mean - published) <= 1)
+    told = (
+        "within a point of what was published" if all(near) else "not everywhere within a point of what was published"
+    )
+    return f"In full precision accuracy is {told}: {'; '.join(parts)}." if parts else ""
 
 
 def _arithmetic(found: Mapping[str, Evidence]) -> list[str]:
@@ -192,11 +201,14 @@ def _arithmetic(found: Mapping[str, Evidence]) -> list[str]:
         for settings in evidence.points(scheduler="annealed"):
             lost = sample([*evidence.lost(settings).values()])
             if settings["format"] == "nvfp4" and lost.n >= SEEDS:
-                said.append(f"Format and schedule add up: nvfp4, annealed: {difference(lost)} points.")
+                fraction = settings["schedule.fraction"]
+                (fixed,) = evidence.points(scheduler="static", format="nvfp4", fraction=fraction)
+                said.append(
+                    f"Format and schedule together, nvfp4 and annealed: {difference(lost)} points; less a fixed choice "
+                    f"of as many layers in nvfp4 {difference(evidence.compared(settings, fixed))}."
+                )
     said += [*_accumulation(found), *variance_tables.sentences(), operand_tables.sentence(SEEDS), *_settings(found)]
-    if known := anchors(found):
-        said.append(f"Full precision itself is as published: {known}.")
-    return [part for part in said if part]
+    return [part for part in [*said, anchors(found)] if part]
 
 
 def _accumulation(found: Mapping[str, Evidence]) -> list[str]:
@@ -250,4 +262,22 @@ def unfinished(found: Mapping[str, Evidence]) -> list[str]:
             said.append(f"{title}: {planned - done} of {planned} planned runs have no result yet.")
         if evidence.stale:
             said.append(f"{title}: {len(evidence.stale)} results of an earlier configuration are not used.")
-    return said
+    return said + _repeats(found)
+
+
+def _repeats(found: Mapping[str, Evidence]) -> list[str]:
+    """Runs that two sweeps share, and each trained."""
+    known: dict[str, list[float]] = {}
+    for evidence in found.values():
+        for result in evidence.results.values():
+            if result.accuracy is not None:
+                known.setdefault(result.digest, []).append(result.accuracy)
+    spans = [max(values) - min(values) for values in known.values() if len(values) > 1]
+    if not spans:
+        return []
+    differ = sum(map(bool, spans))
+    return [
+        f"{len(spans)} runs are of two sweeps, and each trained them: {differ} of them differ, by up to "
+        f"{100 * max(spans):.2f} points. Sums on a GPU have no fixed order, and early runs were trained by the code as "
+        "it was then, which drew initial weights otherwise where runs shared a process."
+    ]

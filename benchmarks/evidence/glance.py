@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dpquant.statistics import Sample, sample
 
-from .files import Evidence, Settings, average
+from .files import SEEDS, Evidence, Settings, average
 from .markdown import difference, mean, table
 
 SCHEDULERS = ("static", "pls", "dpquant", "greedy", "annealed", "cooldown")
@@ -82,9 +82,8 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
             continue
         evidence = found[name]
         goal = "target_speedup" if at_equal_time(evidence) else "fraction"
-        models = {p.get("model.name"): None for p in evidence.sweep.points.values()}
-        for model in models:
-            own = subject if len(models) == 1 else subject.replace(_DEEP, MODELS[str(model)])
+        for model in models(evidence):
+            own = narrowed(subject, model)
             own_points = [p for p in evidence.sweep.points.values() if p["schedule.scheduler"] != "full"]
             for value in sorted({p[f"schedule.{goal}"] for p in own_points} - {None}):
                 wanted = {goal: value} | ({"name": model} if model is not None else {})
@@ -109,6 +108,17 @@ def lines_by_budget(found: Mapping[str, Evidence]) -> Iterator[Line]:
                 yield line
 
 
+def models(evidence: Evidence) -> list[str | None]:
+    """The networks of a sweep that has several; else None alone."""
+    names = list(dict.fromkeys(p.get("model.name") for p in evidence.sweep.points.values()))
+    return names if len(names) > 1 else [None]
+
+
+def narrowed(title: str, model: str | None) -> str:
+    """The title of a sweep, of one of its networks."""
+    return title if model is None else title.replace(_DEEP, MODELS[model])
+
+
 def _share(fraction: float) -> str:
     return f"{100 * fraction:g} % of the layers"
 
@@ -120,7 +130,7 @@ MODELS = {"resnet50": "ResNet-50", "densenet121": "DenseNet-121"}
 def _line(evidence: Evidence, subject: str, goal: str, wanted: Mapping[str, object]) -> Line | None:
     """The points that have the settings wanted."""
     trained = {
-        scheduler: {rest(p): p for p in schedules(evidence, scheduler, wanted) if len(evidence.accuracies(p)) > 1}
+        scheduler: {rest(p): p for p in schedules(evidence, scheduler, wanted) if len(evidence.accuracies(p)) >= SEEDS}
         for scheduler in SCHEDULERS
     }
     trained = {scheduler: points for scheduler, points in trained.items() if points}
@@ -130,7 +140,7 @@ def _line(evidence: Evidence, subject: str, goal: str, wanted: Mapping[str, obje
     shared = [rest for rest in first if all(rest in points for points in trained.values())]
     settings = [first[rest] for rest in shared]
     fulls = [full for p in settings if (full := evidence.full_precision(p)) is not None]
-    if not any(len(evidence.accuracies(full)) > 1 for full in fulls):
+    if not any(len(evidence.accuracies(full)) >= SEEDS for full in fulls):
         return None
     lost = {}
     for scheduler, points in trained.items():

@@ -38,6 +38,20 @@ def operands() -> str:
     return table([*titles, "per tensor less per example", ""], body, range(2, 7)) if body else ""
 
 
+def in_luq(seeds: int) -> str:
+    """What either operand alone costs in LUQ-FP4; empty for fewer than ``seeds``."""
+    parts = []
+    for task, name in TASKS.items():
+        found = accuracies(task)
+        full = found.get(("none", "none"), {})
+        forward, backward = (paired(found.get(("luq_fp4", operand), {}), full) for operand in ("forward", "backward"))
+        if min(forward.n, backward.n) >= seeds:
+            parts.append(f"{difference(forward)} points on {name} (the output gradients alone {difference(backward)})")
+    if not parts:
+        return ""
+    return f"weights and inputs alone, which are rounded to the nearest value, cost {' and '.join(parts)}"
+
+
 def sentence(seeds: int) -> str:
     """LUQ-FP4 in either operands, and its scales per tensor, in accuracy; empty for fewer than ``seeds``."""
     fmt = "luq_fp4"

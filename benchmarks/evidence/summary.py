@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from dpquant.statistics import sample
 
-from . import chips, variance_tables
+from . import chips, operand_tables
 from .choices import every_choice, known_choices, room
-from .files import Evidence
+from .files import SEEDS, Evidence
 from .findings import anchors
 from .markdown import difference
-from .told import SEEDS, Told, by_budget, shown, span, unprobed
+from .told import Told, by, by_budget, firm, probed, shown, span, unprobed
 
-FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "FP8"}
+FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "fp8": "FP8"}
 
 
 def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
@@ -23,37 +23,45 @@ def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
 
 def _scheduling(found: Mapping[str, Evidence]) -> str:
     told = ["**Does a changing choice of layers save accuracy?**"]
-    drawn, preferred, ended = (
+    drawn, preferred, most, ended, ended_time = (
         unprobed(found, scheduler, other, equal_time=same_time)
         for scheduler, other, same_time in (
             ("pls", "static", None),
             ("dpquant", "pls", None),
+            ("greedy", "static", True),
             ("annealed", "static", False),
+            ("annealed", "static", True),
         )
     )
+    by_probe = probed(found, "pls")
     if not (drawn and ended):
         return " ".join([*told, "There are too few seeds yet to say anything."])
-    if _better_share(ended) > 0.5 > _better_share(drawn):
-        told.append("*When* layers are quantized matters more than *which*.")
+    if 2 * len(firm(ended, 1)) > len(ended) and not firm(drawn, 1):
+        told.append("Drawing them anew does not, as far as is shown; ending in full precision does.")
     told.append(
-        f"Layers drawn anew every epoch (`pls`) do better than one fixed random choice (`static`) in {_counted(drawn)}."
+        f"Layers drawn anew every epoch (`pls`) do better than one fixed random choice (`static`) in {_counted(drawn)} "
+        "comparisons (in brackets: what Holm's correction for their number leaves of them)."
     )
     if preferred:
         told.append(
-            "The paper's scheduler, which prefers layers that were found insensitive (`dpquant`), does better than "
-            f"`pls` in {_counted(preferred)}."
+            "Preferring layers that were found insensitive (`dpquant`) does better than `pls` in "
+            f"{_counted(preferred)} by gradients that training releases anyway"
+            + (f", in {_counted(by_probe)} by the private measurement of the paper" if by_probe else "")
+            + "."
         )
-    gains = shown(ended, 1)
-    told.append(
-        "Quantizing all layers in the first epochs and none in the last (`annealed`) does better than `static`, of as "
-        f"many layers in all, in {_counted(ended)}{f', by {span(gains)}' if gains else ''}."
-    )
-    if budgets := by_budget(found, "annealed", "static"):
-        more = shown(budgets, 1)
+    if most:
         told.append(
-            f"At epsilon 1 it gains more than at epsilon 8 in {_counted(budgets)}"
-            f"{f', by {span(more)}' if more else ''}."
+            "Taking those that save most time (`greedy`) does better than a random choice of the same modelled time in "
+            f"{_counted(most)}."
         )
+    told.append(
+        "Quantizing all layers in the first epochs and none in the last (`annealed`) does better than a fixed choice "
+        f"with as many layers times epochs in {_counted(ended)}{_gained(ended)}"
+        + (f", and than one of the same modelled time in {_counted(ended_time)}" if ended_time else "")
+        + "."
+    )
+    if growth := _by_family(found, "annealed", "static"):
+        told.append(f"At epsilon 1 it gains more than at epsilon 8 in {growth}.")
     return " ".join(told + _best(found))
 
 
@@ -70,24 +78,42 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     if not tried:
         return []
     text = (
-        "With the layers that save most time alone, and none at the end (`cooldown`), it does better than "
-        f"{len(shown(tried, 1))} of the {len(tried)} fixed choices of layers that reach the same modelled speedup, and "
-        f"worse than {len(shown(tried, -1))}"
+        "With the layers that save most time alone (`cooldown`) it does better than "
+        f"{_counted(tried)} fixed choices of layers of about the same modelled time, and worse than "
+        f"{len(shown(tried, -1))}"
     )
     if fresh:
-        better, worse, undecided = (len(shown(fresh, sign)) for sign in (1, -1, 0))
-        text += f"; on seeds that nothing was chosen on, better than {better} of {len(fresh)}, and worse than {worse}"
+        undecided = len(shown(fresh, 0))
+        text += f"; on seeds that nothing was chosen on, better than {_counted(fresh)}, and worse than "
+        text += f"{len(shown(fresh, -1))}"
         if undecided:
-            text += f" (of the other {undecided} full precision itself is shown to be better than {open_with_room})"
-    return [f"{text}. Such schedules measure nothing, and so cost no privacy."]
-
-
-def _better_share(values: Told) -> float:
-    return len(shown(values, 1)) / len(values)
+            text += (
+                f" (for the other {undecided} no difference is shown; in {undecided - open_with_room} of these "
+                "quantizing costs nothing that is shown)"
+            )
+    told = [f"{text}."]
+    if to_the_end := unprobed(found, "cooldown", "greedy", equal_time=True):
+        worse = shown(to_the_end, -1)
+        told.append(f"It does better than `greedy` in {_counted(to_the_end)}, and worse in {len(worse)}{by(worse)}.")
+    return [*told, "Such schedules measure nothing, and so cost no privacy."]
 
 
 def _counted(values: Told) -> str:
-    return f"{len(shown(values, 1))} of {len(values)} comparisons"
+    """In how many comparisons something is better; in brackets, in spite of their number."""
+    better = len(shown(values, 1))
+    return f"{better} of {len(values)}" + (f" [{len(firm(values, 1))}]" if better else "")
+
+
+def _gained(values: Told) -> str:
+    better = shown(values, 1)
+    return f", where shown by {span(better)}" if better else ""
+
+
+def _by_family(found: Mapping[str, Evidence], scheduler: str, other: str) -> str:
+    """In how many comparisons a difference is larger at epsilon 1 than at 8, of each kind of goal."""
+    families = ((False, "by share of the layers"), (True, "at equal modelled time"))
+    known = [(by_budget(found, scheduler, other, equal_time=equal_time), said) for equal_time, said in families]
+    return " and ".join(f"{_counted(values)} {said}" for values, said in known if values)
 
 
 def _arithmetic(found: Mapping[str, Evidence]) -> str:
@@ -101,22 +127,13 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 costs.append(f"{said} {difference(lost)}" + ("" if lost.sign else ", which shows no loss"))
         if costs:
             told.append(
-                "Into the number format before the schedule: with all layers of CIFAR-10's CNN in it, points less full "
+                "Into the number format first: with all layers of CIFAR-10's CNN in it at epsilon 8, points less full "
                 f"precision: {'; '.join(costs)}."
             )
-    if costs := by_budget(found, "full", "static"):
-        more = shown(costs, 1)
-        told.append(
-            "The smaller the privacy budget, the more quantization costs: at epsilon 1 more than at epsilon 8 in "
-            f"{_counted(costs)}{f', by {span(more)}' if more else ''}."
-            if len(more) * 2 > len(costs)
-            else f"That a smaller privacy budget makes it cost more is shown in {_counted(costs)}."
-        )
-    if harm := variance_tables.forward_harm():
-        told.append(
-            "What costs LUQ-FP4, the paper's format, is that weights and activations are rounded to the nearest of few "
-            f"values on the way forward: {harm}."
-        )
+    if more := _by_family(found, "full", "static"):
+        told.append(f"At epsilon 1 it costs more than at epsilon 8 in {more}.")
+    if harm := operand_tables.in_luq(SEEDS):
+        told.append(f"In LUQ-FP4, the paper's format, {harm}.")
     if known := anchors(found):
-        told.append(f"In full precision accuracy is as published: {known}.")
+        told.append(known)
     return " ".join(told)

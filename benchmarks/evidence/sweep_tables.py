@@ -11,7 +11,7 @@ from dpquant.statistics import Sample, sample
 from dpquant.sweep import Outcome, outcomes, short_names
 
 from .files import Evidence, Settings, average
-from .glance import SUBJECTS, unused_estimator
+from .glance import SUBJECTS, models, narrowed, unused_estimator
 from .markdown import NONE, difference, interval, mean, table, times, verdict
 
 PUBLISHED = {"fashion_anchor": 86.0, "cifar10_anchor": 59.2}
@@ -71,6 +71,11 @@ TITLES = {
     "cifar10_deep_nvfp4": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10 in NVFP4",
 }
 ROOTS = {"fashion": "", "digits": "", "cifar10": " --data-root cifar10", "words": " --data-root words.npz"}
+MADE = {
+    "cifar10_finetune": (" --data-root pretrained/private.npz", "python benchmarks/pretrain.py cifar10 pretrained"),
+    "words_main": (" --data-root words.npz", "python benchmarks/words.py words.npz"),
+}
+"""Sweep -> where its data are, and what makes them and its weights."""
 
 
 def label(evidence: Evidence, settings: Settings) -> str:
@@ -98,7 +103,8 @@ def command(name: str, evidence: Evidence) -> str:
     """The command that trains a sweep, where it was trained."""
     devices = {r.device for r in evidence.results.values() if r.device}
     device = "" if devices <= {"cpu"} else " --device cuda"
-    return f"dpquant sweep {name}{device}{ROOTS[name.split('_')[0]]}"
+    root = MADE[name][0] if name in MADE else ROOTS[name.split("_")[0]]
+    return f"dpquant sweep {name}{device}{root}"
 
 
 def section(name: str, evidence: Evidence, plot: str | None) -> str:
@@ -107,16 +113,24 @@ def section(name: str, evidence: Evidence, plot: str | None) -> str:
     seeds = len({run.seed for run in evidence.sweep.runs})
     done, planned = sum(o.runs for o in found), len(evidence.sweep.runs)
     shared = [f"`{k}` {_yaml(v)}" for k, v in _constant(evidence).items()]
+    baseline = evidence.sweep.baseline or {}
     parts = [f"### {TITLES.get(name, name)}", ""]
     parts.append(
         f"{done} of {planned} runs ({seeds} seeds)"
         + (f"; all with {', '.join(shared)}" if shared else "")
-        + f". `{command(name, evidence)}` trains them; a row alone: `--only` and its first column."
+        + "."
+        + (f" `{MADE[name][1]}` first makes what they read." if name in MADE else "")
+        + f" `{command(name, evidence)}` trains them; a row alone: `--only` and its first column."
+        + (f" The baseline is the row with {_setting(baseline)}, else alike." if baseline else "")
     )
     if plot:
         parts += ["", f"![{TITLES.get(name, name)}]({plot})"]
     parts += ["", _table(evidence, found)]
     return "\n".join(parts)
+
+
+def _setting(settings: Settings) -> str:
+    return ", ".join(f"`{key.split('.')[-1]}={_yaml(value)}`" for key, value in settings.items())
 
 
 def _constant(evidence: Evidence) -> dict[str, Any]:
@@ -227,8 +241,8 @@ COMPARISONS = (
 )  # fmt: skip
 
 
-def scheduler_averages(evidence: Evidence) -> Iterator[tuple[Comparison, Sample]]:
-    """Each comparison of schedulers, averaged over a sweep's settings.
+def scheduler_averages(evidence: Evidence) -> Iterator[tuple[Comparison, str | None, Sample]]:
+    """Each comparison of schedulers, averaged over a sweep's settings; network by network where it has several.
 
     Sweeps that do not vary the estimator have the free one; those that do say one of every other scheduler.
     """
@@ -240,9 +254,11 @@ def scheduler_averages(evidence: Evidence) -> Iterator[tuple[Comparison, Sample]
         changed = {"schedule.scheduler": comparison.other} | ({} if unused is None else {"analysis.estimator": unused})
         known = list(evidence.sweep.points.values())
         here = evidence.points(scheduler=comparison.scheduler, **wanted)
-        pairs = [(point, there) for point in here if (there := {**point, **changed}) in known]
-        if pairs:
-            yield comparison, average(evidence, pairs)
+        for model in models(evidence):
+            own = here if model is None else [point for point in here if point["model.name"] == model]
+            pairs = [(point, there) for point in own if (there := {**point, **changed}) in known]
+            if pairs:
+                yield comparison, model, average(evidence, pairs)
 
 
 def probe_costs(found: Mapping[str, Evidence]) -> Iterator[tuple[str, float, float, float, Sample]]:
@@ -274,10 +290,10 @@ def probe_table(found: Mapping[str, Evidence]) -> str:
 def averages_table(found: Mapping[str, Evidence]) -> str:
     """Every comparison of schedulers over every sweep that varies them."""
     rows = [
-        [TITLES.get(name, name), comparison.said, f"{value.n}", difference(value), verdict(value)]
+        [narrowed(TITLES.get(name, name), model), comparison.said, f"{value.n}", difference(value), verdict(value)]
         for name in SUBJECTS
         if (evidence := found.get(name)) is not None
-        for comparison, value in scheduler_averages(evidence)
+        for comparison, model, value in scheduler_averages(evidence)
         if value.n
     ]
     titles = ["sweep", "comparison", "seeds", "difference, points", ""]

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from dpquant.statistics import Sample, paired
+from dpquant.statistics import Sample, holm, paired
 
-from .files import Evidence, Pair, differences
-from .glance import SUBJECTS, at_equal_time, rest, schedules
+from .files import SEEDS, Evidence, Pair, differences
+from .glance import SUBJECTS, at_equal_time, narrowed, rest, schedules
 from .markdown import difference
 from .sweep_tables import scheduler_averages
 
 DATA = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10", "digits": "the digits", "words": "text"}
-SEEDS = 3
-"""Fewer say nothing here: of two, a narrow interval is chance."""
 
 
 def compared(
     found: Mapping[str, Evidence], scheduler: str, other: str, *, equal_time: bool | None = None
 ) -> Iterator[tuple[str, str | None, Sample]]:
-    """Subject, estimator and difference of two schedulers in every sweep that has both and enough seeds."""
+    """Subject, estimator and difference of two schedulers in every sweep that has both and enough seeds, by network."""
     for name, subject in SUBJECTS.items():
         if name not in found or equal_time not in (None, at_equal_time(found[name])):
             continue
-        for comparison, value in scheduler_averages(found[name]):
+        for comparison, model, value in scheduler_averages(found[name]):
             if (comparison.scheduler, comparison.other) == (scheduler, other) and value.n >= SEEDS:
-                yield subject, comparison.estimator, value
+                yield narrowed(subject, model), comparison.estimator, value
 
 
 Told = list[tuple[str, Sample]]
@@ -38,11 +36,16 @@ def unprobed(found: Mapping[str, Evidence], scheduler: str, other: str, *, equal
     return [(name, value) for name, estimator, value in values if estimator != "probe"]
 
 
-def by_budget(found: Mapping[str, Evidence], scheduler: str, other: str) -> Told:
+def probed(found: Mapping[str, Evidence], other: str) -> Told:
+    """`dpquant` with the private probe less another."""
+    return [(name, value) for name, estimator, value in compared(found, "dpquant", other) if estimator == "probe"]
+
+
+def by_budget(found: Mapping[str, Evidence], scheduler: str, other: str, *, equal_time: bool | None = None) -> Told:
     """One scheduler less another at epsilon 1, less the same at epsilon 8; of a seed the mean over its goals."""
     told = []
     for name, subject in SUBJECTS.items():
-        if (evidence := found.get(name)) is None:
+        if (evidence := found.get(name)) is None or equal_time not in (None, at_equal_time(evidence)):
             continue
         goal = "schedule.target_speedup" if at_equal_time(evidence) else "schedule.fraction"
         small, large = (_by_goal(evidence, scheduler, other, epsilon, goal) for epsilon in (1.0, 8.0))
@@ -78,6 +81,12 @@ def span(values: Told) -> str:
 def shown(values: Told, sign: int) -> Told:
     """Those whose interval lies above 0 (1), below it (-1), or holds it (0)."""
     return [one for one in values if one[1].sign == sign]
+
+
+def firm(values: Told, sign: int) -> Told:
+    """Those of `shown` that are, in spite of how many were looked at (Holm's correction)."""
+    refused = holm([1.0 if value.p_value is None else value.p_value for _, value in values])
+    return shown([one for one, kept in zip(values, refused, strict=True) if kept], sign)
 
 
 def by(values: Told) -> str:

@@ -102,12 +102,14 @@ class Measured:
         uniform: power of the largest magnitude that rounding's variance grows with, on the uniform grid.
         luq: the same on LUQ's grid.
         norm: an example's gradient under DP-SGD over SGD's.
+        noise: the same under SGD with DP-SGD's noise and no clipping.
         error: the mean gradient's relative error over all formats, likewise.
     """
 
     uniform: Sample
     luq: Sample
     norm: Sample
+    noise: Sample
     error: Sample
 
 
@@ -119,8 +121,9 @@ def measured() -> Measured | None:
     uniform, luq = (by_seed(own, lambda r: r["max_exponent"]) for own in powers)
     shared = {"kind": "gradient", "operands": "both", "clipped": False, "step": last_step()}
     error = ratio(rows(**shared, method="dp-sgd"), rows(**shared, method="sgd"), "error")
-    norm = ratio(*(rows("size", method=m, step=last_step()) for m in ("dp-sgd", "sgd")), "example_norm")
-    return Measured(uniform=uniform, luq=luq, norm=norm, error=error)
+    sizes = {m: rows("size", method=m, step=last_step()) for m in METHODS}
+    norm, noise = (ratio(sizes[m], sizes["sgd"], "example_norm") for m in ("dp-sgd", "sgd with noise"))
+    return Measured(uniform=uniform, luq=luq, norm=norm, noise=noise, error=error)
 
 
 def sentences() -> list[str]:
@@ -128,22 +131,23 @@ def sentences() -> list[str]:
     found = measured()
     if found is None:
         return []
+    shared = {"kind": "gradient", "method": "dp-sgd", "format": "luq_fp4", "clipped": True}
+    forward = ratio(rows(**shared, operands="forward"), rows(**shared, operands="backward"), "error")
+    shown = "" if excludes(found.error, 1.0) else ", which is not shown to be more"
     return [
         "Unbiased rounding's variance grows with about the square of the largest magnitude on the uniform grid "
         f"(exponent {said(found.uniform)}), not on LUQ's logarithmic one (exponent {said(found.luq)}).",
-        f"In LUQ-FP4 it is the forward operands, rounded to nearest, that do the harm: {forward_harm()}.",
+        f"In LUQ-FP4 the forward operands alone, rounded to nearest, give the mean gradient {said(forward)} times the "
+        "squared error that the output gradients alone do.",
         f"After {last_step()} steps of DP-SGD the examples' gradients are {said(found.norm)} times as long as after as "
-        f"many of SGD, and the mean gradient's relative error over all formats is {said(found.error)} times SGD's.",
+        f"many of SGD (with the same noise and no clipping {said(found.noise)} times), and the mean gradient's "
+        f"relative error over all formats is {said(found.error)} times SGD's{shown}.",
     ]
 
 
-def forward_harm() -> str:
-    """What rounding the forward operands adds to the gradient's error in LUQ-FP4; empty where nothing was measured."""
-    if not lines(PATH):
-        return ""
-    shared = {"kind": "gradient", "method": "dp-sgd", "format": "luq_fp4", "clipped": True}
-    luq = ratio(rows(**shared, operands="forward"), rows(**shared, operands="backward"), "error")
-    return f"the gradient's squared error is {said(luq)} times that of quantizing the output gradients alone"
+def excludes(found: Sample, value: float) -> bool:
+    """Whether an interval does."""
+    return found.low is not None and found.high is not None and not found.low <= value <= found.high
 
 
 def said(found: Sample) -> str:
