@@ -1,7 +1,6 @@
 """docs/results.md is what its files say, by an independent calculation too."""
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -171,12 +170,14 @@ def test_choices_of_the_same_speedup_by_another_hand() -> None:
             assert row[""] == said
             if name.endswith("_fresh"):
                 assert f"less [{choices.folded(layers)}] {difference} points, {said}" in found_said()
-                fresh.append((said, by_hand(of(main, scheduler="full"), own)[1]))
-                late = {seed: value for seed, value in own.items() if seed >= LATER.get(name, math.inf)}
-                if late:
+                full = by_hand(of(main, scheduler="full"), own)[1]
+                late = {seed: value for seed, value in own.items() if seed >= LATER.get(name, 0)}
+                if name in LATER and late:
                     difference, said = by_hand(of(main, scheduler="cooldown", target_speedup=target), late)
                     alone = found_said().split(f"On its seeds from {LATER[name]} on alone, ")[1].split(" - ")[0]
                     assert f"less [{choices.folded(layers)}] {difference} points, {said}" in alone
+                if late:
+                    fresh.append((said, full))
             else:
                 verdicts.setdefault(subject, []).append(said)
     assert not shown
@@ -444,7 +445,10 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
     found = load_all()
     readme, guides = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "docs/guides.md"))
     fresh = {one.subject: one for one in choices.known_choices(found, equal_time=True) if one.fresh}
-    gains = {name: [value for *_, value in choices.every_choice(one, "cooldown")] for name, one in fresh.items()}
+    gains = {
+        name: [choices.looked_at_once(one, here, there) for here, there, _ in choices.every_choice(one, "cooldown")]
+        for name, one in fresh.items()
+    }
     first, second = (difference(value) for value in gains["CIFAR-10's CNN on fresh seeds"])
     every = [value for own in gains.values() for value in own]
     better, worse = (sum(value.sign == sign for value in every) for sign in (1, -1))

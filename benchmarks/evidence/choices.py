@@ -29,6 +29,8 @@ SUBSETS = {
     "digits_epsilon1_fresh": ("digits_epsilon1_fresh", 6),
 }
 """Sweep of schedulers -> the sweep of fixed choices to hold it against, and how many layers the network has."""
+LATER = {"cifar10_resnet18_fresh": 20, "digits_time_fresh": 50}
+"""Sweep of fresh seeds -> the first of those that were planned after the seeds before had left a difference open."""
 LONG = 60
 """Characters from which on a list of layers is folded."""
 
@@ -176,6 +178,13 @@ def every_choice(choices: Choices, scheduler: str) -> Iterator[tuple[Settings, S
                 versus = paired(choices.main.accuracies(scheduled), choices.fixed.accuracies(fixed))
                 if versus.n:
                     yield scheduled, fixed, versus
+
+
+def looked_at_once(choices: Choices, scheduled: Settings, fixed: Settings) -> Sample:
+    """What a schedule gains on a fixed choice, over the seeds whose number no look at the others decided."""
+    first = LATER.get(choices.main.sweep.name, 0)
+    own, theirs = choices.main.accuracies(scheduled), choices.fixed.accuracies(fixed)
+    return paired({seed: accuracy for seed, accuracy in own.items() if seed >= first}, theirs)
 
 
 def room(evidence: Evidence, fixed: Settings) -> Sample:

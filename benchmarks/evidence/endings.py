@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpquant.statistics import Sample, paired, sample
+from dpquant.statistics import paired, sample
 
-from .choices import every_choice, folded, known_choices, room
+from .choices import LATER, every_choice, folded, known_choices, looked_at_once, room
 from .files import SEEDS, Accuracies, Evidence, Settings, differences
 from .glance import MODELS, SUBJECTS, rest
 from .markdown import difference, verdict
 from .told import Told, by, by_budget, compared, shown, span
-
-LATER = {"cifar10_resnet18_fresh": 20, "digits_time_fresh": 50}
-"""Sweep -> the first of the seeds that were planned after those before it had left a difference open."""
 
 
 def sentences(found: Mapping[str, Evidence]) -> list[str]:
@@ -95,7 +92,7 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
             choice = f"[{folded(fixed['schedule.layers'])}]"
             if value.n >= SEEDS:
                 parts.append(f"less {choice} {difference(value)} points, {verdict(value)}{_room(evidence, fixed)}")
-            if name in LATER and (own := _since(LATER[name], evidence, scheduled, fixed)).n >= SEEDS:
+            if name in LATER and (own := looked_at_once(known[subject], scheduled, fixed)).n >= SEEDS:
                 later.append(f"less {choice} {difference(own)} points, {verdict(own)}")
         greedy = {rest(p): p for p in evidence.points(scheduler="greedy")}
         for point in evidence.points(scheduler="cooldown"):
@@ -121,12 +118,6 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
             f"{by(better)} and worse in {len(worse)}{by(worse)}."
         )
     return said
-
-
-def _since(first: int, evidence: Evidence, here: Settings, there: Settings) -> Sample:
-    """A paired difference over the seeds from ``first`` on."""
-    own = differences(evidence, [(here, there)])
-    return sample([value for seed, value in own.items() if seed >= first])
 
 
 def _room(evidence: Evidence, fixed: Settings) -> str:

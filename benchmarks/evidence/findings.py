@@ -276,8 +276,10 @@ def _repeats(found: Mapping[str, Evidence]) -> list[str]:
     if not spans:
         return []
     differ = sum(map(bool, spans))
-    return [
-        f"{len(spans)} runs are of two sweeps, and each trained them: {differ} of them differ, by up to "
-        f"{100 * max(spans):.2f} points. Sums on a GPU have no fixed order, and early runs were trained by the code as "
-        "it was then, which drew initial weights otherwise where runs shared a process."
-    ]
+    said = f"{len(spans)} runs are of two sweeps, and each trained them: {len(spans) - differ} are equal to every digit"
+    if differ:
+        said += (
+            f", {differ} differ, by up to {100 * max(spans):.2f} points, one of the two being of an early state of the "
+            "code, which added in another order or drew other initial weights"
+        )
+    return [f"{said}."]

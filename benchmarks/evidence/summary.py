@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dpquant.statistics import sample
 
 from . import chips, operand_tables
-from .choices import every_choice, known_choices, room
+from .choices import every_choice, known_choices, looked_at_once, room
 from .files import SEEDS, Evidence
 from .findings import anchors
 from .markdown import difference
@@ -71,7 +71,8 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     fresh: Told = []
     open_with_room = 0
     for choices in known_choices(found, equal_time=True):
-        for _, fixed, value in every_choice(choices, "cooldown"):
+        for scheduled, fixed, _ in every_choice(choices, "cooldown"):
+            value = looked_at_once(choices, scheduled, fixed)
             if value.n >= SEEDS:
                 (fresh if choices.fresh else tried).append((choices.subject, value))
                 open_with_room += choices.fresh and not value.sign and room(choices.fixed, fixed).sign == 1
