@@ -52,10 +52,10 @@ VARIANCE = (
     Forward operands (weights, inputs) are rounded to nearest, output gradients stochastically (FP8: to nearest).""",
 )
 GLANCE = """Test accuracy lost against full precision, in points, with as many layers times epochs quantized to LUQ-FP4
-by every schedule, averaged over the budgets named. `static` draws its layers once, `pls` anew every epoch, `dpquant`
-anew with a preference for layers that were found insensitive in gradients that training releases anyway, `greedy` takes
-those that save most time; `annealed` quantizes all of them in the first epochs and none in the last, `cooldown` those
-that save most time, none in the last fifth of the run."""
+by every schedule (layers are unequal, and so their modelled times differ), averaged over the budgets named. `static`
+draws its layers once, `pls` anew every epoch, `dpquant` anew with a preference for layers that were found insensitive
+in gradients that training releases anyway, `greedy` takes those that save most time; `annealed` quantizes all of them
+in the first epochs and none in the last, `cooldown` those that save most time, none in the last fifth of the run."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200, in
 LUQ-FP4 where no other format is named;
 `cooldown` quantizes the layers that save most time at first, and none as soon as that allows."""
