@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,8 @@ from dpquant.cli import build_parser, main
 from dpquant.commands.completion import vocabulary
 from dpquant.config import shipped_configs
 from emulation.errors import InputError
+from emulation.formats import get_format
+from emulation.qtorch_backend import qtorch_round
 from hwmodels.profile import find_profile
 from tests.test_cli import write_config
 
@@ -34,6 +37,13 @@ FUZZ = settings(
 
 class Hung(BaseException):
     """No answer in time; no command may catch it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """qtorch's kernels, once for all: on a busy machine compiling them takes longer than an answer may."""
+    with contextlib.suppress(InputError):  # no compiler: then commands say so
+        qtorch_round(torch.ones(1), get_format("float8_e4m3fn"), "nearest")
 
 
 @contextlib.contextmanager

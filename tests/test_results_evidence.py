@@ -124,9 +124,9 @@ def test_annealed_is_held_against_every_fixed_choice() -> None:
     assert re.search(r"\(3 of 4 on Fashion-MNIST's CNN\), by \+2\.\d\d .* and worse than 1 \(by -2\.\d\d", said)
 
 
-def test_choices_are_held_against_the_highest_speedup_that_they_reach() -> None:
+def test_choices_are_held_against_the_nearest_speedup() -> None:
     def accuracy(run: Any) -> float:
-        """Of two choices that reach the second target one is better than cooldown there, the other worse."""
+        """Of the choices near the second target one is better than cooldown there, the others worse."""
         wobble = 1e-3 * ((run.seed * 7 + len(run.name)) % 3)
         chosen = run.settings.get("schedule.layers")
         if chosen is None:
@@ -137,7 +137,7 @@ def test_choices_are_held_against_the_highest_speedup_that_they_reach() -> None:
         return 0.5 + wobble + (0.06 if "convs.3" in chosen and "convs.1" in chosen and len(chosen) == 4 else 0.0)
 
     main, subsets = (invented(n, accuracy, 4, speedup_peak=1.2) for n in ("cifar10_time", "cifar10_time_subsets"))
-    fast = {n: dataclasses.replace(r, speedup_peak=1.31) for n, r in subsets.results.items() if n.count("convs") == 4}
+    fast = {n: dataclasses.replace(r, speedup_peak=1.24) for n, r in subsets.results.items() if n.count("convs") == 4}
     known = {
         "cifar10_time": main,
         "cifar10_time_subsets": Evidence(sweep=subsets.sweep, results={**subsets.results, **fast}, stale=()),
@@ -152,9 +152,8 @@ def test_choices_are_held_against_the_highest_speedup_that_they_reach() -> None:
     assert re.search(clear + r"better than 6 \(6 of 8 on CIFAR-10's CNN\), by .* and worse than 2 \(by -[34]\.", said)
     best = list(choices.best_choices(both[0]))
     assert {(one.goal, len(one.layers)) for one in best} == {(1.15, 2), (1.31, 4)}
-    slow = {n: dataclasses.replace(r, speedup_peak=1.1) for n, r in subsets.results.items()}
     none = choices.Choices(
-        subject="", main=main, fixed=Evidence(sweep=subsets.sweep, results=slow, stale=()), layers=8
+        subject="", main=main, fixed=Evidence(sweep=subsets.sweep, results={}, stale=()), layers=8
     )  # fmt: skip
     assert list(choices.every_choice(none, "cooldown")) == []
     assert list(choices.best_choices(none)) == []
@@ -167,10 +166,14 @@ def test_fresh_seeds_are_told_network_by_network() -> None:
         ends = run.settings["schedule.scheduler"] == "cooldown"
         return 0.4 + 1e-2 * run.seed + ends * (gain + 1e-3 * (run.seed % 2))
 
-    said = [one for one in endings.sentences({"cifar10_deep_fresh": invented("cifar10_deep_fresh", deep, 5)}) if one]
-    assert len(said) == 1
+    said = endings.sentences({"cifar10_deep_fresh": invented("cifar10_deep_fresh", deep, 5)})
+    assert len(said) == 2
     assert re.search(r"less `greedy` on ResNet-50 \+2\.04 \(.*?\) points, better;", said[0])
     assert re.search(r"less `greedy` on DenseNet-121 -1\.96 \(.*?\) points, worse\.$", said[0])
+    assert re.search(
+        r"is better in 1 of 2 \(by \+2\.04 \(.*?\) points on ResNet-50 on CIFAR-10 on fresh seeds\)", said[1]
+    )
+    assert re.search(r"worse in 1 \(by -1\.96 \(.*?\) points on DenseNet-121 on CIFAR-10 on fresh seeds\)\.$", said[1])
     few = {"cifar10_deep_fresh": invented("cifar10_deep_fresh", deep, 2)}
     assert not endings.sentences(few)
 
@@ -198,7 +201,7 @@ def test_the_length_of_runs_is_told_from_two_sweeps() -> None:
     (said,) = (
         one
         for one in endings.sentences({n: invented(n, accuracy, 4) for n in names})
-        if one.startswith("Whether its gain hangs on the length of the run")
+        if one.startswith("Whether its gain depends on the length of the run")
     )
     gains = re.findall(r"([+-]\d+\.\d+) \([^)]*\) points after (\d+) epochs, where that loses (-\d+\.\d+)", said)
     assert gains == [
@@ -234,9 +237,9 @@ def test_other_rates_and_quantizers_are_told_one_by_one() -> None:
     text = schedules(found)
     gain, more = "+1.00 (+1.00 to +1.00), +2.00 (+2.00 to +2.00)", "+2.00 (+2.00 to +2.00), +4.00 (+4.00 to +4.00)"
     told = "`pls` less `static` and `dpquant` less `pls` in points"
-    assert f"hangs on the learning rate, {told}: CIFAR-10, 0.5: {gain}; CIFAR-10, 2.0: {gain}." in text
+    assert f"depends on the learning rate, {told}: CIFAR-10, 0.5: {gain}; CIFAR-10, 2.0: {gain}." in text
     formats = f"CIFAR-10, int4: {gain}; CIFAR-10, fp4: {more}; CIFAR-10, mxfp4: {gain}."
-    assert f"hangs on the quantizer, {told}: {formats}" in text
+    assert f"depends on the quantizer, {told}: {formats}" in text
 
 
 def test_the_summary_of_few_seeds_claims_nothing() -> None:
@@ -306,7 +309,10 @@ def test_what_hangs_on_the_budget_is_told() -> None:
     assert more.mean == pytest.approx(0.03, abs=2e-3)
     assert gained.mean == pytest.approx(0.03, abs=2e-3)
     assert "`annealed` less `static` at epsilon 1, less the same at epsilon 8, is above 0 in 1 of 1" in schedules(found)
-    assert "at epsilon 1 more than at epsilon 8 in 1 of 1 comparisons" in summary.paragraphs(found)[1]
+    assert (
+        "At epsilon 1 it costs more than at epsilon 8 in 1 of 1 [1] by share of the layers."
+        in summary.paragraphs(found)[1]
+    )
     assert not told.by_budget({"fashion_time": invented("fashion_time", accuracy, 5)}, "full", "static")
 
 

@@ -8,7 +8,7 @@ from dpquant.statistics import paired, sample
 
 from .choices import LATER, every_choice, folded, known_choices, looked_at_once, room
 from .files import SEEDS, Accuracies, Evidence, Settings, differences
-from .glance import MODELS, SUBJECTS, rest
+from .glance import MODELS, SUBJECTS, narrowed, rest
 from .markdown import difference, verdict
 from .told import Told, by, by_budget, compared, shown, span
 
@@ -96,12 +96,13 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
                 later.append(f"less {choice} {difference(own)} points, {verdict(own)}")
         greedy = {rest(p): p for p in evidence.points(scheduler="greedy")}
         for point in evidence.points(scheduler="cooldown"):
-            if (lost := sample([*evidence.lost(point).values()])).n >= SEEDS:
-                beside_full.append((subject, lost))
-            if (other := greedy.get(rest(point))) is None or (value := evidence.compared(point, other)).n < SEEDS:
-                continue
             model = MODELS.get(str(point.get("model.name")))
             place = f"at {point['schedule.target_speedup']:g}x" if model is None else f"on {model}"
+            if (lost := sample([*evidence.lost(point).values()])).n >= SEEDS:
+                own = f"{subject} {place}" if model is None else narrowed(subject, point["model.name"])
+                beside_full.append((own, lost))
+            if (other := greedy.get(rest(point))) is None or (value := evidence.compared(point, other)).n < SEEDS:
+                continue
             parts.append(f"less `greedy` {place} {difference(value)} points, {verdict(value)}")
         if parts:
             said.append(f"On {subject}, which nothing was chosen on, `cooldown` {'; '.join(parts)}.")
