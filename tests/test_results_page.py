@@ -187,7 +187,8 @@ def test_choices_of_the_same_speedup_by_another_hand() -> None:
     counts += f"{verdicts_fresh.count('worse')}"
     if left:
         none = len(left) - left.count("better")
-        counts += rf" \(for the other {len(left)} no difference is shown; in {none} of these quantizing costs nothing"
+        counts += rf" \(for the other {len(left)} no difference is shown"
+        counts += f"; in {none} of these quantizing costs nothing" if none else r"\)"
     assert re.search(rf"on seeds that nothing was chosen on, {counts}", " ".join(PAGE.read_text().split()))
     known = [one for many in verdicts.values() for one in many]
     parts = ", ".join(f"{many.count('better')} of {len(many)} on {subject}" for subject, many in verdicts.items())

@@ -88,10 +88,9 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
         text += f"; on seeds that nothing was chosen on, better than {_counted(fresh)}, and worse than "
         text += f"{len(shown(fresh, -1))}"
         if undecided:
-            text += (
-                f" (for the other {undecided} no difference is shown; in {undecided - open_with_room} of these "
-                "quantizing costs nothing that is shown)"
-            )
+            harmless = undecided - open_with_room
+            text += f" (for the other {undecided} no difference is shown"
+            text += f"; in {harmless} of these quantizing costs nothing that is shown)" if harmless else ")"
     told = [f"{text}."]
     if to_the_end := unprobed(found, "cooldown", "greedy", equal_time=True):
         worse = shown(to_the_end, -1)
