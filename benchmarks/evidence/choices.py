@@ -31,6 +31,9 @@ SUBSETS = {
 """Sweep of schedulers -> the sweep of fixed choices to hold it against, and how many layers the network has."""
 LATER = {"cifar10_resnet18_fresh": 20, "digits_time_fresh": 50}
 """Sweep of fresh seeds -> the first of those that were planned after the seeds before had left a difference open."""
+SAME = 0.005
+"""Modelled speedups that differ by at most this share are one: an epoch quantizes a layer or does not, and so hardly a
+schedule meets a choice's own speedup to the last digit."""
 LONG = 60
 """Characters from which on a list of layers is folded."""
 
@@ -67,7 +70,7 @@ class Choices:
         return [p for p in self.fixed.sweep.points.values() if p.get("schedule.layers") is not None]
 
     def goal(self, settings: Settings) -> float | None:
-        """What a schedule aims at, or a choice is held to: layers, or the nearest of the speedups aimed at."""
+        """What a schedule aims at, or a choice comes nearest to: layers, or a speedup that all schedules aim at."""
         chosen = settings.get("schedule.layers")
         if not self.equal_time:
             fraction = settings.get("schedule.fraction")
@@ -75,7 +78,8 @@ class Choices:
         if chosen is None:
             return settings.get("schedule.target_speedup")
         speedup = self.fixed.speedup(settings)
-        targets = {p["schedule.target_speedup"] for p in self.main.sweep.points.values()} - {None}
+        points = [p for p in self.main.sweep.points.values() if p["schedule.scheduler"] != "cooldown"]
+        targets = {p["schedule.target_speedup"] for p in points} - {None}  # `cooldown` also aims at each choice's own
         return None if speedup is None else min(targets, key=lambda target: abs(target - speedup))
 
     def said(self, goal: float) -> str:
@@ -83,10 +87,15 @@ class Choices:
         return f"{goal:g}x" if self.equal_time else f"{goal:g} of {self.layers} layers"
 
     def alike(self, scheduled: Settings, fixed: Settings) -> bool:
-        """Whether a schedule and a choice have one goal, and the same budget and training."""
-        if scheduled.get("schedule.layers") is not None or self.goal(scheduled) != self.goal(fixed):
+        """Whether a schedule and a choice have as many layers or one modelled time, the same budget and training."""
+        if scheduled.get("schedule.layers") is not None:
             return False
-        return all(scheduled[k] == fixed[k] for k in scheduled.keys() & fixed.keys() if not k.startswith("schedule."))
+        if any(scheduled[k] != fixed[k] for k in scheduled.keys() & fixed.keys() if not k.startswith("schedule.")):
+            return False
+        if not self.equal_time:
+            return self.goal(scheduled) == self.goal(fixed)
+        own, theirs = self.main.speedup(scheduled), self.fixed.speedup(fixed)
+        return own is not None and theirs is not None and abs(own / theirs - 1) <= SAME
 
 
 def known_choices(found: Mapping[str, Evidence], *, equal_time: bool) -> list[Choices]:
@@ -130,13 +139,15 @@ def best_choices(choices: Choices) -> Iterator[Best]:
         for settings in choices.main.sweep.points.values():
             if settings["schedule.scheduler"] == "full" or not choices.alike(settings, best):
                 continue
-            yield Best(
-                goal=goal,
-                layers=best["schedule.layers"],
-                accuracy=sample(list(own.values())),
-                settings=settings,
-                difference=paired(choices.main.accuracies(settings), own),
-            )
+            versus = paired(choices.main.accuracies(settings), own)
+            if versus.n:
+                yield Best(
+                    goal=goal,
+                    layers=best["schedule.layers"],
+                    accuracy=sample(list(own.values())),
+                    settings=settings,
+                    difference=versus,
+                )
 
 
 def best_static(known: list[Choices]) -> str:
@@ -171,7 +182,19 @@ def _over(accuracies: Mapping[int, float], seeds: list[int]) -> float | None:
 
 
 def every_choice(choices: Choices, scheduler: str) -> Iterator[tuple[Settings, Settings, Sample]]:
-    """A scheduler's point, each fixed choice like it, and what it gains on that over the seeds that both have."""
+    """A scheduler's point, each fixed choice like it, and what it gains on that over the seeds that both have.
+
+    Where both are the same runs nothing is compared: a choice that saves all there is to save has no rival.
+    """
+    return (one for one in _beside(choices, scheduler) if not same_runs(one[2]))
+
+
+def same_runs(versus: Sample) -> bool:
+    """Whether a schedule was the choice itself: equal accuracy on every seed."""
+    return versus.n > 1 and not versus.mean and not versus.sd
+
+
+def _beside(choices: Choices, scheduler: str) -> Iterator[tuple[Settings, Settings, Sample]]:
     for scheduled in schedules(choices.main, scheduler, {}):
         for fixed in choices.listed:
             if choices.alike(scheduled, fixed):
@@ -198,7 +221,7 @@ def every_choice_table(known: list[Choices], scheduler: str) -> str:
     rows = []
     for choices in known:
         gains = {other: {str(fixed): versus for _, fixed, versus in every_choice(choices, other)} for other in others}
-        for scheduled, fixed, versus in every_choice(choices, scheduler):
+        for scheduled, fixed, versus in _beside(choices, scheduler):
             row = [
                 f"{choices.subject}, {choices.said(choices.goal(scheduled) or 0)}",
                 folded(fixed["schedule.layers"]),
@@ -208,7 +231,7 @@ def every_choice_table(known: list[Choices], scheduler: str) -> str:
                 times(choices.main.speedup(scheduled)),
                 f"{versus.n}",
                 difference(versus),
-                verdict(versus),
+                "the same runs: nothing else saves as much" if same_runs(versus) else verdict(versus),
             ]
             seen = (gains[other].get(str(fixed)) for other in others)
             rows.append([*row, *("" if gain is None else difference(gain) for gain in seen)])

@@ -88,7 +88,9 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
             for value in sorted({p[f"schedule.{goal}"] for p in own_points} - {None}):
                 wanted = {goal: value} | ({"name": model} if model is not None else {})
                 said = _share(value) if goal == "fraction" else f"{value:g}x"
-                if (line := _line(evidence, own, said, wanted)) is not None:
+                line = _line(evidence, own, said, wanted)
+                alone = goal == "target_speedup" and line is not None and len(line.lost) == 1
+                if line is not None and not alone:  # one that is held to a fixed choice alone is told there
                     yield line
 
 

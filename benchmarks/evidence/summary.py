@@ -80,7 +80,7 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
         return []
     text = (
         "With the layers that save most time alone (`cooldown`) it does better than "
-        f"{_counted(tried)} fixed choices of layers of about the same modelled time, and worse than "
+        f"{_counted(tried)} fixed choices of layers of the same modelled time, and worse than "
         f"{len(shown(tried, -1))}"
     )
     if fresh:
