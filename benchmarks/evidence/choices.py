@@ -184,7 +184,7 @@ def _over(accuracies: Mapping[int, float], seeds: list[int]) -> float | None:
 def every_choice(choices: Choices, scheduler: str) -> Iterator[tuple[Settings, Settings, Sample]]:
     """A scheduler's point, each fixed choice like it, and what it gains on that over the seeds that both have.
 
-    Where both are the same runs nothing is compared: a choice that saves all there is to save has no rival.
+    Where both are the same runs nothing is compared: a schedule as fast as the fastest choice can only be that choice.
     """
     return (one for one in _beside(choices, scheduler) if not same_runs(one[2]))
 
@@ -231,7 +231,7 @@ def every_choice_table(known: list[Choices], scheduler: str) -> str:
                 times(choices.main.speedup(scheduled)),
                 f"{versus.n}",
                 difference(versus),
-                "the same runs: nothing else saves as much" if same_runs(versus) else verdict(versus),
+                "the same runs" if same_runs(versus) else verdict(versus),
             ]
             seen = (gains[other].get(str(fixed)) for other in others)
             rows.append([*row, *("" if gain is None else difference(gain) for gain in seen)])

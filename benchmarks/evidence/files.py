@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,15 @@ class Evidence:
 
     def finished(self, settings: Settings) -> list[SweepResult]:
         """A point's runs that are done."""
-        key = point_key(settings)
-        own = [self.results[run.name] for run in self.sweep.runs if run.name in self.results]
-        return [result for result in own if result.done and point_key(result.settings) == key]
+        return self._finished.get(point_key(settings), [])
+
+    @cached_property
+    def _finished(self) -> Mapping[str, list[SweepResult]]:
+        known: dict[str, list[SweepResult]] = {}
+        for run in self.sweep.runs:
+            if (result := self.results.get(run.name)) is not None and result.done:
+                known.setdefault(point_key(result.settings), []).append(result)
+        return known
 
     def accuracies(self, settings: Settings) -> Accuracies:
         """Seed -> test accuracy after the last epoch of a point's finished runs."""

@@ -89,8 +89,8 @@ def lines(found: Mapping[str, Evidence]) -> Iterator[Line]:
                 wanted = {goal: value} | ({"name": model} if model is not None else {})
                 said = _share(value) if goal == "fraction" else f"{value:g}x"
                 line = _line(evidence, own, said, wanted)
-                alone = goal == "target_speedup" and line is not None and len(line.lost) == 1
-                if line is not None and not alone:  # one that is held to a fixed choice alone is told there
+                # a speedup that one schedule alone aims at is a fixed choice's own, and told beside that
+                if line is not None and (goal == "fraction" or len(line.lost) > 1):
                     yield line
 
 
