@@ -163,6 +163,7 @@ GROUPS = (
             "fashion_resnet18_budgets",
             "cifar10_deep",
             "cifar10_deep_fresh",
+            "cifar10_deep_epochs",
             "cifar10_resnet18_nvfp4",
             "cifar10_deep_nvfp4",
             "cifar10_vit",

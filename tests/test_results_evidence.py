@@ -68,7 +68,7 @@ def test_one_seed_claims_nothing() -> None:
 
 def test_a_clear_difference_is_said_with_its_interval() -> None:
     text = schedules({"cifar10_main": invented("cifar10_main", gains, 5)})
-    clear = r"dpquant with the private probe less static is better: \+2\.\d\d \(\+1\.\d\d to \+2\.\d\d\)"
+    clear = r"probe `dpquant` is better than `static` in 1 of 1 comparisons \(by \+2\.\d\d \(\+1\.\d\d to \+2\.\d\d\)"
     assert re.search(clear, text)
     assert "less fixed at random (static) is" not in text
 

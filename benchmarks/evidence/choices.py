@@ -86,16 +86,30 @@ class Choices:
         """The goal in words."""
         return f"{goal:g}x" if self.equal_time else f"{goal:g} of {self.layers} layers"
 
-    def alike(self, scheduled: Settings, fixed: Settings) -> bool:
-        """Whether a schedule and a choice have as many layers or one modelled time, the same budget and training."""
-        if scheduled.get("schedule.layers") is not None:
-            return False
-        if any(scheduled[k] != fixed[k] for k in scheduled.keys() & fixed.keys() if not k.startswith("schedule.")):
-            return False
+    def alike(self, fixed: Settings) -> list[Settings]:
+        """The schedules with as many layers as a choice or its modelled time, and its budget and training.
+
+        Of one scheduler that aims at several speedups so near to the choice's own it is the nearest alone: a choice is
+        held against it once.
+        """
+        known: dict[str, tuple[float, Settings]] = {}
+        for point in self.main.sweep.points.values():
+            if point.get("schedule.layers") is not None:
+                continue
+            if any(point[k] != fixed[k] for k in point.keys() & fixed.keys() if not k.startswith("schedule.")):
+                continue
+            if (apart := self._apart(point, fixed)) is not None:
+                name = scheduler_name(point)
+                known[name] = min(known.get(name, (apart, point)), (apart, point), key=lambda one: one[0])
+        return [point for _, point in known.values()]
+
+    def _apart(self, scheduled: Settings, fixed: Settings) -> float | None:
+        """How far modelled speedups are apart, as a share, 0 for as many layers; None: too far, or not as many."""
         if not self.equal_time:
-            return self.goal(scheduled) == self.goal(fixed)
+            return 0.0 if self.goal(scheduled) == self.goal(fixed) else None
         own, theirs = self.main.speedup(scheduled), self.fixed.speedup(fixed)
-        return own is not None and theirs is not None and abs(own / theirs - 1) <= SAME
+        apart = None if own is None or theirs is None else abs(own / theirs - 1)
+        return None if apart is None or apart > SAME else apart
 
 
 def known_choices(found: Mapping[str, Evidence], *, equal_time: bool) -> list[Choices]:
@@ -136,8 +150,8 @@ def best_choices(choices: Choices) -> Iterator[Best]:
             continue
         best = fixed[max(scores, key=lambda i: (scores[i] or 0.0, -i))]
         own = {s: a for s, a in choices.fixed.accuracies(best).items() if s in judging}
-        for settings in choices.main.sweep.points.values():
-            if settings["schedule.scheduler"] == "full" or not choices.alike(settings, best):
+        for settings in choices.alike(best):
+            if settings["schedule.scheduler"] == "full":
                 continue
             versus = paired(choices.main.accuracies(settings), own)
             if versus.n:
@@ -157,7 +171,7 @@ def best_static(known: list[Choices]) -> str:
             f"{choices.subject}, {choices.said(best.goal)}",
             folded(best.layers),
             mean(best.accuracy),
-            f"`{_scheduler(best.settings)}`",
+            f"`{scheduler_name(best.settings)}`",
             difference(best.difference),
             verdict(best.difference),
         ]
@@ -168,7 +182,8 @@ def best_static(known: list[Choices]) -> str:
     return table(titles, rows, right=(2, 4)) if rows else "Not enough runs yet."
 
 
-def _scheduler(settings: Settings) -> str:
+def scheduler_name(settings: Settings) -> str:
+    """With the estimator, for one that uses it."""
     name, estimator = str(settings["schedule.scheduler"]), settings.get("analysis.estimator")
     return f"{name}, {estimator}" if name == "dpquant" and estimator else name
 
@@ -195,12 +210,12 @@ def same_runs(versus: Sample) -> bool:
 
 
 def _beside(choices: Choices, scheduler: str) -> Iterator[tuple[Settings, Settings, Sample]]:
-    for scheduled in schedules(choices.main, scheduler, {}):
-        for fixed in choices.listed:
-            if choices.alike(scheduled, fixed):
-                versus = paired(choices.main.accuracies(scheduled), choices.fixed.accuracies(fixed))
-                if versus.n:
-                    yield scheduled, fixed, versus
+    free = schedules(choices.main, scheduler, {})
+    pairs = [(scheduled, fixed) for fixed in choices.listed for scheduled in choices.alike(fixed) if scheduled in free]
+    for scheduled, fixed in sorted(pairs, key=lambda pair: free.index(pair[0])):
+        versus = paired(choices.main.accuracies(scheduled), choices.fixed.accuracies(fixed))
+        if versus.n:
+            yield scheduled, fixed, versus
 
 
 def looked_at_once(choices: Choices, scheduled: Settings, fixed: Settings) -> Sample:

@@ -10,7 +10,7 @@ from . import variance_tables
 from .files import SEEDS, Accuracies, Evidence, differences
 from .glance import SUBJECTS, rest, schedules
 from .markdown import difference, table, times
-from .sweep_tables import probe_costs
+from .sweep_tables import NEGLIGIBLE, ProbeCost, probe_costs
 from .told import Told, by_budget, firm, probed, shown, unprobed
 
 Row = tuple[str, str, str]
@@ -136,17 +136,17 @@ def _gradients(found: Mapping[str, Evidence]) -> Iterator[Row]:
 
 
 def _budget(found: Mapping[str, Evidence]) -> Iterator[Row]:
-    rises: dict[str, list[tuple[float, float]]] = {}
-    for name, epsilon, free, paid, _ in probe_costs(found):
-        rises.setdefault(SUBJECTS[name], []).append((epsilon, paid / free - 1))
-    if rises:
+    known: dict[float, list[ProbeCost]] = {}
+    for cost in sorted(probe_costs(found), key=lambda cost: cost.rise):
+        known.setdefault(cost.epsilon, []).append(cost)
+    if known:
         parts = [
-            f"{subject} {', '.join(f'{100 * rise:.1f} % at epsilon {epsilon:g}' for epsilon, rise in own)}"
-            for subject, own in rises.items()
+            f"{100 * own[0].rise:.1f} % (on {SUBJECTS[own[0].name]}) to {100 * own[-1].rise:.1f} % (on "
+            f"{SUBJECTS[own[-1].name]}) at epsilon {epsilon:g}"
+            for epsilon, own in sorted(known.items(), reverse=True)
         ]
-        known = [rise for own in rises.values() for _, rise in own]
-        small = sum(rise < LOSS for rise in known)
-        verdict = "yes" if small == len(known) else "where data are many" if small else "no"
+        small = [cost.rise < NEGLIGIBLE for own in known.values() for cost in own]
+        verdict = "yes" if all(small) else "where data are many" if any(small) else "no"
         text = f"What the probes of a run add to the noise of its steps: {'; '.join(parts)}."
         yield "The private measurement of sensitivities takes a negligible part of the budget.", text, verdict
 

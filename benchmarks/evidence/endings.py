@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from dpquant.statistics import paired, sample
+from dpquant.statistics import Sample, paired, sample
 
 from .choices import LATER, every_choice, folded, known_choices, looked_at_once, room
 from .files import SEEDS, Accuracies, Evidence, Settings, differences
@@ -131,33 +132,59 @@ def _room(evidence: Evidence, fixed: Settings) -> str:
     return f" (nor is full precision shown to be better than it: {difference(most)})"
 
 
-LENGTHS = {
-    "ResNet-18 on CIFAR-10": ("cifar10_resnet18", "cifar10_resnet18_epochs"),
-    "the digits at epsilon 1": ("digits_epochs",),
+LENGTHS: Mapping[str, tuple[Sequence[str], Mapping[str, str]]] = {
+    "ResNet-18 on CIFAR-10": (("cifar10_resnet18", "cifar10_resnet18_epochs"), {}),
+    "DenseNet-121 on CIFAR-10": (("cifar10_deep_fresh", "cifar10_deep_epochs"), {"model.name": "densenet121"}),
+    "the digits at epsilon 1": (("digits_epochs",), {}),
 }
-"""Network and data -> sweeps of one goal and several numbers of epochs."""
+"""Network and data -> sweeps of one goal and several numbers of epochs, and the settings that name it in them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """What `cooldown` gains on `greedy` in runs of one length.
+
+    Attributes:
+        epochs: the length.
+        gains: of each seed.
+        lost: by `greedy`, against full precision.
+    """
+
+    epochs: int
+    gains: Accuracies
+    lost: Sample
+
+    @property
+    def gain(self) -> Sample:
+        """Over the seeds."""
+        return sample([*self.gains.values()])
+
+
+def by_length(found: Mapping[str, Evidence]) -> Iterator[tuple[str, list[Length]]]:
+    """Subjects that were trained for several numbers of epochs, the least first."""
+    for subject, (names, wanted) in LENGTHS.items():
+        known = []
+        for evidence in (found[name] for name in names if name in found):
+            for point in evidence.points(scheduler="cooldown", **wanted):
+                other = next(p for p in evidence.points(scheduler="greedy") if rest(p) == rest(point))
+                gains, lost = differences(evidence, [(point, other)]), sample([*evidence.lost(other).values()])
+                if min(len(gains), lost.n) >= SEEDS:
+                    known.append(Length(epochs=point["training.epochs"], gains=gains, lost=lost))
+        if len(known) > 1:
+            yield subject, sorted(known, key=lambda length: length.epochs)
 
 
 def _by_length(found: Mapping[str, Evidence]) -> list[str]:
     """What it gains on the same layers to the end, by the number of epochs."""
     said = []
-    for subject, names in LENGTHS.items():
-        gains: dict[int, Accuracies] = {}
-        parts = {}
-        for evidence in (found[name] for name in names if name in found):
-            for point in evidence.points(scheduler="cooldown"):
-                other = next(p for p in evidence.points(scheduler="greedy") if rest(p) == rest(point))
-                gain, lost = differences(evidence, [(point, other)]), sample([*evidence.lost(other).values()])
-                if min(len(gain), lost.n) >= SEEDS:
-                    epochs = point["training.epochs"]
-                    gains[epochs] = gain
-                    gained = difference(sample([*gain.values()]))
-                    parts[epochs] = f"{gained} points after {epochs} epochs, where that loses {difference(lost)}"
-        if len(parts) > 1:
-            grown = paired(gains[max(gains)], gains[min(gains)])
-            said.append(
-                f"Whether its gain depends on the length of the run, `cooldown` less `greedy` on {subject}: "
-                f"{'; '.join(text for _, text in sorted(parts.items()))} against full precision. The longest less the "
-                f"shortest: {difference(grown)}."
-            )
+    for subject, lengths in by_length(found):
+        parts = [
+            f"{difference(one.gain)} points after {one.epochs} epochs, where that loses {difference(one.lost)}"
+            for one in lengths
+        ]
+        said.append(
+            f"Whether its gain depends on the length of the run, `cooldown` less `greedy` on {subject}: "
+            f"{'; '.join(parts)} against full precision. The longest less the "
+            f"shortest: {difference(paired(lengths[-1].gains, lengths[0].gains))}."
+        )
     return said

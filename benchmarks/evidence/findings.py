@@ -8,8 +8,9 @@ from dpquant.statistics import Sample, sample
 
 from . import endings, operand_tables, variance_tables
 from .files import SEEDS, Evidence, Settings
+from .glance import SUBJECTS
 from .markdown import difference, interval, verdict
-from .sweep_tables import PUBLISHED, TITLES, probe_costs
+from .sweep_tables import NEGLIGIBLE, PUBLISHED, TITLES, probe_costs
 from .told import DATA, Told, by, compared, firm, probed, shown, unprobed
 
 
@@ -47,14 +48,24 @@ def _scheduling(found: Mapping[str, Evidence]) -> list[str]:
     said = _which(found) + _when(found)
     if not said:
         return ["There are too few seeds yet to say anything."]
-    said += endings.sentences(found)
-    for name, epsilon, free, paid, cost in probe_costs(found):
-        if cost.sign and cost.n >= SEEDS:
-            said.append(
-                f"The private probe has a price where data are few: on {DATA[name.split('_')[0]]} at epsilon "
-                f"{epsilon:g} it raises the noise multiplier from {free:.2f} to {paid:.2f}, and against the free "
-                f"estimate accuracy changes by {difference(cost)} points."
-            )
+    return said + endings.sentences(found) + _price(found)
+
+
+def _price(found: Mapping[str, Evidence]) -> list[str]:
+    """What the private probe costs against the free estimate: where it takes of the budget, and where it does not."""
+    known = [cost for cost in probe_costs(found) if cost.less_free.n >= SEEDS]
+    said = [
+        f"The private probe has a price where data are few: on {SUBJECTS[cost.name]} at epsilon {cost.epsilon:g} it "
+        f"raises the noise multiplier from {cost.free:.2f} to {cost.paid:.2f}, and against the free estimate accuracy "
+        f"changes by {difference(cost.less_free)} points."
+        for cost in known
+        if cost.rise >= NEGLIGIBLE and cost.less_free.sign
+    ]
+    if cheap := [(f"{SUBJECTS[c.name]} at epsilon {c.epsilon:g}", c.less_free) for c in known if c.rise < NEGLIGIBLE]:
+        said.append(
+            f"Where its probes raise the noise by less than {100 * NEGLIGIBLE:g} %, `dpquant` with it is "
+            f"{_against(cheap, 'with the free estimate')}{_open(cheap)}."
+        )
     return said
 
 
@@ -80,12 +91,8 @@ def _which(found: Mapping[str, Evidence]) -> list[str]:
             f"{_against(by_probe, '`pls`')}{_open(by_probe)}."
         )
     told += _preference(found) + _elsewhere(found) + _by_time(found)
-    told += [
-        f"dpquant with the private probe less static is {verdict(v)}: {difference(v)} on {name}."
-        for name, v in (
-            (n, v) for n, estimator, v in compared(found, "dpquant", "static") if estimator == "probe" and v.sign
-        )
-    ]
+    if (by_probe := probed(found, "static")) and any(value.sign for _, value in by_probe):
+        told.append(f"With the private probe `dpquant` is {_against(by_probe, '`static`')}{_open(by_probe)}.")
     return told
 
 

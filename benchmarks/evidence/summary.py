@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpquant.statistics import sample
+from dpquant.statistics import paired, sample
 
 from . import chips, operand_tables
 from .choices import every_choice, known_choices, looked_at_once, room
+from .endings import Length, by_length
 from .files import SEEDS, Evidence
 from .findings import anchors
 from .markdown import difference
@@ -69,13 +70,14 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     """Cooldown against the fixed choices that reach the same speedup."""
     tried: Told = []
     fresh: Told = []
-    open_with_room = 0
+    left: Told = []
     for choices in known_choices(found, equal_time=True):
         for scheduled, fixed, _ in every_choice(choices, "cooldown"):
             value = looked_at_once(choices, scheduled, fixed)
             if value.n >= SEEDS:
                 (fresh if choices.fresh else tried).append((choices.subject, value))
-                open_with_room += choices.fresh and not value.sign and room(choices.fixed, fixed).sign == 1
+                if choices.fresh and not value.sign and (most := room(choices.fixed, fixed)).sign == 1:
+                    left.append((choices.subject, most))
     if not tried:
         return []
     text = (
@@ -88,14 +90,23 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
         text += f"; on seeds that nothing was chosen on, better than {_counted(fresh)}, and worse than "
         text += f"{len(shown(fresh, -1))}"
         if undecided:
-            harmless = undecided - open_with_room
+            harmless = undecided - len(left)
             text += f" (for the other {undecided} no difference is shown"
-            text += f"; in {harmless} of these quantizing costs nothing that is shown)" if harmless else ")"
+            text += f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}" if left else ""
+            text += f"; in {harmless} of them quantizing costs nothing that is shown)" if harmless else ")"
     told = [f"{text}."]
     if to_the_end := unprobed(found, "cooldown", "greedy", equal_time=True):
         worse = shown(to_the_end, -1)
         told.append(f"It does better than `greedy` in {_counted(to_the_end)}, and worse in {len(worse)}{by(worse)}.")
+    if grown := [_grown(subject, lengths[0], lengths[-1]) for subject, lengths in by_length(found)]:
+        told.append(f"With a longer run what it gains on `greedy` changes by {'; '.join(grown)}.")
     return [*told, "Such schedules measure nothing, and so cost no privacy."]
+
+
+def _grown(subject: str, short: Length, long: Length) -> str:
+    """From the shortest runs of a subject to the longest, and what they come to."""
+    change = difference(paired(long.gains, short.gains))
+    return f"{change} points on {subject} from {short.epochs} epochs to {long.epochs}, to {difference(long.gain)}"
 
 
 def _counted(values: Told) -> str:

@@ -67,6 +67,7 @@ TITLES = {
     "cifar10_deep_fresh": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10 on fresh seeds",
     "digits_epochs": "Shorter and longer runs on the digits at epsilon 1 at equal modelled time",
     "cifar10_resnet18_epochs": "Shorter and longer runs of ResNet-18 on CIFAR-10 at equal modelled time",
+    "cifar10_deep_epochs": "Longer runs of DenseNet-121 on CIFAR-10 at equal modelled time",
     "cifar10_resnet18_nvfp4": "ResNet-18 with GroupNorm on CIFAR-10 at equal modelled time in NVFP4",
     "cifar10_deep_nvfp4": "ResNet-50 and DenseNet-121 with GroupNorm on CIFAR-10 in NVFP4",
 }
@@ -261,12 +262,40 @@ def scheduler_averages(evidence: Evidence) -> Iterator[tuple[Comparison, str | N
                 yield comparison, model, average(evidence, pairs)
 
 
-def probe_costs(found: Mapping[str, Evidence]) -> Iterator[tuple[str, float, float, float, Sample]]:
-    """Sweep, epsilon, noise multiplier without and with the analyses, and probe less released in accuracy."""
+NEGLIGIBLE = 0.02
+"""Of the noise, as a share: what an analysis may add to it and still count as free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeCost:
+    """What the private probe takes of one sweep's budget.
+
+    Attributes:
+        name: of the sweep.
+        epsilon: the budget.
+        free: noise multiplier of training without its analyses.
+        paid: and with them.
+        less_free: accuracy with the probe less that with the free estimate, averaged over the sweep's settings.
+    """
+
+    name: str
+    epsilon: float
+    free: float
+    paid: float
+    less_free: Sample
+
+    @property
+    def rise(self) -> float:
+        """Of the noise, as a share."""
+        return self.paid / self.free - 1
+
+
+def probe_costs(found: Mapping[str, Evidence]) -> Iterator[ProbeCost]:
+    """Sweep by sweep and budget by budget, the largest budget first."""
     for name, evidence in found.items():
         if not {"schedule.scheduler", "analysis.estimator", "privacy.target_epsilon"} <= set(evidence.sweep.keys):
             continue
-        for epsilon in dict.fromkeys(p["privacy.target_epsilon"] for p in evidence.sweep.points.values()):
+        for epsilon in sorted({p["privacy.target_epsilon"] for p in evidence.sweep.points.values()}, reverse=True):
             probed = evidence.points(scheduler="dpquant", estimator="probe", target_epsilon=epsilon)
             pairs = [(p, {**p, "analysis.estimator": "released"}) for p in probed]
             noise = [
@@ -274,14 +303,27 @@ def probe_costs(found: Mapping[str, Evidence]) -> Iterator[tuple[str, float, flo
                 for part in ([there for _, there in pairs], probed)
             ]
             if all(noise) and pairs:
-                yield name, epsilon, max(noise[0]), max(noise[1]), average(evidence, pairs)
+                yield ProbeCost(
+                    name=name,
+                    epsilon=epsilon,
+                    free=max(noise[0]),
+                    paid=max(noise[1]),
+                    less_free=average(evidence, pairs),
+                )
 
 
 def probe_table(found: Mapping[str, Evidence]) -> str:
     """What the private probe takes of the budget, and what that costs; empty where nothing was trained."""
     rows = [
-        [TITLES.get(name, name), f"{epsilon:g}", f"{free:.3f}", f"{paid:.3f}", difference(cost), verdict(cost)]
-        for name, epsilon, free, paid, cost in probe_costs(found)
+        [
+            TITLES.get(cost.name, cost.name),
+            f"{cost.epsilon:g}",
+            f"{cost.free:.3f}",
+            f"{cost.paid:.3f}",
+            difference(cost.less_free),
+            verdict(cost.less_free),
+        ]
+        for cost in probe_costs(found)
     ]
     titles = ["sweep", "epsilon", "noise multiplier, no probe", "with probes", "probe less released, points", ""]
     return table(titles, rows, right=range(1, 5)) if rows else ""
