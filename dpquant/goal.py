@@ -118,7 +118,8 @@ class Goal:
     def _worth_it(self, modelled: ModelledRun, order: Sequence[str]) -> Sequence[str]:
         """The policies that ``cooldown`` takes: those worth it, and the next where these need the run's end too."""
         most = max(modelled.savings.values(), default=0.0)
-        worth = sum(saved >= schedule.WORTH * most for saved in modelled.savings.values())
+        least = schedule.WORTH * most * (1 - _ROUNDING)  # sizes are round numbers, and some save just this share
+        worth = sum(saved >= least for saved in modelled.savings.values())
         shortest = schedule.SHORTEST_COOLDOWN
         left = 1 / (self.target_speedup or 1.0) - shortest  # of the run's time in full precision
         needed = (1 - shortest) / left if left > 0 else math.inf

@@ -149,6 +149,16 @@ def test_cooldown_takes_the_layers_that_are_worth_it_as_long_as_the_target_asks(
     assert not ends or len(taken) <= round((1 - SHORTEST_COOLDOWN) * epochs) + 1
 
 
+@pytest.mark.parametrize(("share", "taken"), [(1 - 1e-6, 1), (1 - 1e-12, 2), (1.0, 2), (1 + 1e-12, 2)])
+def test_a_layer_that_saves_just_the_share_is_worth_it_however_sums_are_rounded(share: float, taken: int) -> None:
+    run = replace(RUN)
+    order = sorted(run.savings, key=lambda name: -run.savings[name])
+    run.__dict__["savings"] = {name: [1.0, WORTH * share, 0.0][min(i, 2)] for i, name in enumerate(order)}
+    goal = Goal(scheduler="cooldown", target_speedup=1.01)
+    found = goal.plan(run, None, epoch=0, seed=1, steps=1, steps_done=0, seconds_done=0.0)
+    assert list(found) == order[:taken]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0, 1), st.sampled_from([("nvfp4",), ("fp8", "nvfp4")]))
 def test_no_draw_meets_a_target_with_fewer_layers_than_greedy(share: float, formats: tuple[str, ...]) -> None:
