@@ -116,17 +116,23 @@ class Goal:
         return modelled.meet(order, target, steps=steps, steps_done=steps_done, seconds_done=seconds_done)
 
     def _worth_it(self, modelled: ModelledRun, order: Sequence[str]) -> Sequence[str]:
-        """The policies that ``cooldown`` takes: those worth it, and the next where these need the run's end too."""
-        most = max(modelled.savings.values(), default=0.0)
-        least = schedule.WORTH * most * (1 - _ROUNDING)  # sizes are round numbers, and some save just this share
-        worth = sum(saved >= least for saved in modelled.savings.values())
-        shortest = schedule.SHORTEST_COOLDOWN
-        left = 1 / (self.target_speedup or 1.0) - shortest  # of the run's time in full precision
-        needed = (1 - shortest) / left if left > 0 else math.inf
-        for count in range(worth, len(order)):
-            if modelled.speedup(modelled.fraction(order[:count], 1.0).formats) >= needed:
-                return order[:count]
-        return order
+        """The policies that ``cooldown`` takes: of those that are worth it the fewest that leave its longest end.
+
+        All of them where they leave a shorter one, and the next too where it would be shorter than its shortest.
+        """
+        saved = modelled.savings
+        least = schedule.WORTH * max(saved.values(), default=0.0)
+        least *= 1 - _ROUNDING  # sizes are round numbers, and some save just this share
+        worth = sum(saving >= least for saving in saved.values())
+
+        def leaves(count: int, share: float) -> bool:
+            """Whether the target is met by so many policies, and none in this share of the steps."""
+            left = 1 / (self.target_speedup or 1.0) - share  # of full precision's time, for the steps before
+            return modelled.speedup(modelled.fraction(order[:count], 1.0).formats) * left >= 1 - share
+
+        few = (n for n in range(1, worth) if leaves(n, schedule.LONGEST_COOLDOWN))
+        many = (n for n in range(worth, len(order)) if leaves(n, schedule.SHORTEST_COOLDOWN))
+        return order[: next(few, next(many, len(order)))]
 
     def _share(self, modelled: ModelledRun, steps: int, steps_done: int) -> float:
         """The share of the layers that this epoch quantizes; over the run as many as a fixed choice has."""

@@ -21,6 +21,9 @@ COOLDOWN = 0.2
 in NVFP4 took 18 % (arXiv 2509.25149)."""
 SHORTEST_COOLDOWN = 0.05
 """The same at the least where its goal is a speedup; a longer one if the layers that are worth it allow."""
+LONGEST_COOLDOWN = 1 / 3
+"""And beyond this share it takes fewer layers rather than end earlier. Chosen on the digits, on seeds that
+docs/results.md does not use: what a third layer did harm in the first epochs a still longer end did not give back."""
 WORTH = 0.2
 """What makes a layer worth quantizing to ``cooldown``: it saves this share of what the layer saves that saves most.
 Chosen on the runs of docs/results.md: on CIFAR-10 the layers below it did more harm than they saved time."""

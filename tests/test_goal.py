@@ -14,7 +14,7 @@ from toy_chip import toy_chip
 from dpquant.goal import Goal
 from dpquant.modelled import ModelledRun
 from dpquant.models import build_model, example_input
-from dpquant.schedule import SHORTEST_COOLDOWN, WORTH
+from dpquant.schedule import LONGEST_COOLDOWN, SHORTEST_COOLDOWN, WORTH
 from dpquant.sensitivity import AnalysisSettings
 from emulation.errors import InputError
 from hwmodels.workload import trace
@@ -141,10 +141,22 @@ def test_cooldown_takes_the_layers_that_are_worth_it_as_long_as_the_target_asks(
     assert plans == taken + [{}] * (epochs - len(taken))
     if len(taken) > 1:  # the last of them may need fewer
         assert all(plan == taken[0] for plan in taken[:-1])
-        assert set(taken[0]) == set(order[: len(taken[0])]) >= set(worth)
-        enough = run.speedup(dict.fromkeys(worth, "nvfp4"))
-        if epochs / target > epochs * (1 - SHORTEST_COOLDOWN) / enough + epochs * SHORTEST_COOLDOWN:
-            assert set(taken[0]) == set(worth)
+        count = len(taken[0])
+        assert set(taken[0]) == set(order[:count])
+
+        def without(layers: list[str]) -> float:
+            """The share of the run in full precision with which these layers before it meet the target."""
+            alone = 1 / run.speedup(dict.fromkeys(layers, "nvfp4"))
+            return (1 / target - alone) / (1 - alone)
+
+        ending = without(order[:count])
+        assert abs(ending * epochs - (epochs - len(taken))) <= 1
+        if count < len(worth):
+            assert ending >= LONGEST_COOLDOWN - 1e-9
+        if 1 < count <= len(worth):
+            assert without(order[: count - 1]) < LONGEST_COOLDOWN + 1e-9
+        if count > len(worth):
+            assert without(worth) < SHORTEST_COOLDOWN + 1e-9
     ends = (1 - SHORTEST_COOLDOWN) / most + SHORTEST_COOLDOWN <= 1 / target
     assert not ends or len(taken) <= round((1 - SHORTEST_COOLDOWN) * epochs) + 1
 
@@ -154,7 +166,8 @@ def test_a_layer_that_saves_just_the_share_is_worth_it_however_sums_are_rounded(
     run = replace(RUN)
     order = sorted(run.savings, key=lambda name: -run.savings[name])
     run.__dict__["savings"] = {name: [1.0, WORTH * share, 0.0][min(i, 2)] for i, name in enumerate(order)}
-    goal = Goal(scheduler="cooldown", target_speedup=1.01)
+    alone = run.speedup({order[0]: "nvfp4"})
+    goal = Goal(scheduler="cooldown", target_speedup=1 / (1 - 0.8 * (1 - 1 / alone)))  # by one layer in 80 % of the run
     found = goal.plan(run, None, epoch=0, seed=1, steps=1, steps_done=0, seconds_done=0.0)
     assert list(found) == order[:taken]
 
