@@ -8,7 +8,7 @@ from dpquant.statistics import paired, sample
 
 from . import chips, operand_tables
 from .choices import every_choice, known_choices, looked_at_once, room
-from .endings import Length, by_length
+from .endings import by_length
 from .files import SEEDS, Evidence
 from .findings import anchors
 from .markdown import difference
@@ -98,15 +98,12 @@ def _best(found: Mapping[str, Evidence]) -> list[str]:
     if to_the_end := unprobed(found, "cooldown", "greedy", equal_time=True):
         worse = shown(to_the_end, -1)
         told.append(f"It does better than `greedy` in {_counted(to_the_end)}, and worse in {len(worse)}{by(worse)}.")
-    if grown := [_grown(subject, lengths[0], lengths[-1]) for subject, lengths in by_length(found)]:
-        told.append(f"With a longer run what it gains on `greedy` changes by {'; '.join(grown)}.")
+    if lengths := list(by_length(found)):
+        grown = [(subject, paired(runs[-1].gains, runs[0].gains)) for subject, runs in lengths]
+        ends = ", ".join(f"{difference(runs[-1].gain)} on {subject}" for subject, runs in lengths)
+        more = f"In the longest runs it gains more on `greedy` than in the shortest in {_counted(grown)}"
+        told.append(f"{more}: in the longest {ends}.")
     return [*told, "Such schedules measure nothing, and so cost no privacy."]
-
-
-def _grown(subject: str, short: Length, long: Length) -> str:
-    """From the shortest runs of a subject to the longest, and what they come to."""
-    change = difference(paired(long.gains, short.gains))
-    return f"{change} points on {subject} from {short.epochs} epochs to {long.epochs}, to {difference(long.gain)}"
 
 
 def _counted(values: Told) -> str:
