@@ -51,6 +51,7 @@ def test_each_kind_of_run_trains(name: str, tmp_path: Path, monkeypatch: pytest.
         data, schedule = run.config["data"]["name"], run.config["schedule"]
         if schedule["target_speedup"] is not None:
             schedule["target_speedup"] = 1.01  # so small a batch reaches little more
+            run.config["training"]["epochs"] = run.config["analysis"]["interval"] = 200  # and analyses take time of it
         splits = Splits(train=part(data, 40, generator), test=part(data, 20, generator), classes=5)
         record = next(train(prepare(run.config, splits=splits), None))
         assert record.steps >= 2
