@@ -58,14 +58,14 @@ in gradients that training releases anyway, `greedy` takes those that save most 
 in the first epochs and none in the last, `cooldown` those that save most time, none in the last fifth of the run."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200, in
 LUQ-FP4 where no other format is named;
-`cooldown` quantizes the layers that save most time at first, and none as soon as that allows."""
+`cooldown` quantizes the layers that save most time at first, and none at the end."""
 GLANCE_BUDGET = """Budget by budget, averaged over the shares of the layers."""
 CLAIMS = """DPQuant's claims (arXiv 2509.03472), as far as its abstract and what others wrote of it tell them, beside
 what the runs of this page show. Networks, data and formats are not all the same."""
 AVERAGES = """Each row is one comparison averaged over the budgets and fractions of a sweep; a seed's average, over
 those it has, is one value."""
 PROBES = """What the private probe takes of the budget: the noise multiplier of training without it and with it, and
-dpquant's accuracy with the probe less with the free estimate, averaged over fractions."""
+dpquant's accuracy with the probe less with the free estimate, averaged over a sweep's other settings."""
 OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
 against full precision with only some operands quantized; last, what one scale per tensor would change beside a scale
 per example. Scales per tensor mix the examples of a batch, so that clipping bounds nothing: not to be used."""

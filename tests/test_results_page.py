@@ -442,8 +442,8 @@ def test_what_hangs_on_the_length_by_another_hand(subject: str, names: list[str]
     assert f"against full precision. The longest less the shortest: {change}." in found_said().split(text)[1]
     summary = " ".join(PAGE.read_text().split("## What was found")[1].split("## At a glance")[0].split())
     end = by_hand(cooled[lengths[-1]], greedy[lengths[-1]])[0]
-    told = summary.split("In the longest runs it gains more on `greedy` than in the shortest in ")[1].split(". ")[0]
-    assert f"{end} on {subject}" in told
+    longest = summary.split("In the longest runs it gains more on `greedy` than in the shortest in ")[1].split(". ")[0]
+    assert f"{end} on {subject}" in longest
 
 
 @pytest.mark.parametrize("scheduler", ["annealed", "cooldown"])

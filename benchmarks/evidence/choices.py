@@ -99,7 +99,7 @@ class Choices:
             if any(point[k] != fixed[k] for k in point.keys() & fixed.keys() if not k.startswith("schedule.")):
                 continue
             if (apart := self._apart(point, fixed)) is not None:
-                name = scheduler_name(point)
+                name = _scheduler_name(point)
                 known[name] = min(known.get(name, (apart, point)), (apart, point), key=lambda one: one[0])
         return [point for _, point in known.values()]
 
@@ -171,7 +171,7 @@ def best_static(known: list[Choices]) -> str:
             f"{choices.subject}, {choices.said(best.goal)}",
             folded(best.layers),
             mean(best.accuracy),
-            f"`{scheduler_name(best.settings)}`",
+            f"`{_scheduler_name(best.settings)}`",
             difference(best.difference),
             verdict(best.difference),
         ]
@@ -182,8 +182,7 @@ def best_static(known: list[Choices]) -> str:
     return table(titles, rows, right=(2, 4)) if rows else "Not enough runs yet."
 
 
-def scheduler_name(settings: Settings) -> str:
-    """With the estimator, for one that uses it."""
+def _scheduler_name(settings: Settings) -> str:
     name, estimator = str(settings["schedule.scheduler"]), settings.get("analysis.estimator")
     return f"{name}, {estimator}" if name == "dpquant" and estimator else name
 

@@ -31,7 +31,7 @@ def _cooldown(found: Mapping[str, Evidence]) -> list[str]:
         for name, v in values
     ]
     return [
-        "At equal modelled time, the layers that save most time at first, and none as soon as the target allows "
+        "At equal modelled time, the layers that save most time at first, and none at the end "
         "(`cooldown`), are shown to be "
         f"better than `static` in {better} of {len(values)} and worse in {worse}: {'; '.join(parts)}. Such "
         "schedules need no measurement, and so cost no privacy."
