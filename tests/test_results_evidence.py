@@ -315,6 +315,32 @@ def test_the_glance_holds_schedules_to_full_precision_on_what_all_of_them_have()
     assert [line.full.mean for line in by_budget] == pytest.approx([0.595, 0.555, 0.525])
 
 
+def test_a_seed_that_lacks_a_setting_is_in_no_average() -> None:
+    def accuracy(run: Any) -> float:
+        """`annealed` gains a point at epsilon 8 and three at others."""
+        gained = 0.01 if run.settings["privacy.target_epsilon"] == 8.0 else 0.03
+        return 0.8 + (gained if run.settings["schedule.scheduler"] == "annealed" else 0.0)
+
+    whole = invented("fashion_main", accuracy, 3)
+    lacked = {
+        run.name for run in whole.sweep.runs
+        if run.seed == 0 and run.settings["schedule.scheduler"] == "annealed"
+        and run.settings["privacy.target_epsilon"] != 8.0
+    }  # fmt: skip
+    results = {name: one for name, one in whole.results.items() if name not in lacked}
+    assert len(results) < len(whole.results)
+    values = {
+        n: next(
+            value
+            for comparison, _, value in sweep_tables.scheduler_averages(evidence)
+            if (comparison.scheduler, comparison.other) == ("annealed", "static")
+        )
+        for n, evidence in ((3, whole), (2, dataclasses.replace(whole, results=results)))
+    }
+    assert {n: value.n for n, value in values.items()} == {3: 3, 2: 2}
+    assert values[2].mean == pytest.approx(values[3].mean)  # 1 + 3 + 3 points over three budgets, not 1 of one
+
+
 def test_what_hangs_on_the_budget_is_told() -> None:
     def accuracy(run: Any) -> float:
         """`static` loses 4 points at epsilon 1 and 1 at others; `annealed` loses 1 at all."""

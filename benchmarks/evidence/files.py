@@ -102,23 +102,22 @@ Pairs = Sequence[Pair]
 """Points to compare."""
 
 
-def differences(evidence: Evidence, pairs: Pairs, *, complete: bool = False) -> Accuracies:
-    """Seed -> mean difference in accuracy over the pairs that it has.
+def differences(evidence: Evidence, pairs: Pairs) -> Accuracies:
+    """Seed -> mean difference in accuracy over the pairs, of the seeds that have them all.
 
-    ``complete``: of the seeds that have all pairs alone, so that every value is over the same settings.
+    Else one seed's value would be of other settings than another's.
     """
     by_seed: dict[int, list[float]] = {}
     for here, there in pairs:
         a, b = evidence.accuracies(here), evidence.accuracies(there)
         for seed in a.keys() & b.keys():
             by_seed.setdefault(seed, []).append(a[seed] - b[seed])
-    needed = len(pairs) if complete else 1
-    return {seed: sum(values) / len(values) for seed, values in sorted(by_seed.items()) if len(values) >= needed}
+    return {seed: sum(values) / len(values) for seed, values in sorted(by_seed.items()) if len(values) == len(pairs)}
 
 
-def average(evidence: Evidence, pairs: Pairs, *, complete: bool = False) -> Sample:
+def average(evidence: Evidence, pairs: Pairs) -> Sample:
     """`differences` over the seeds."""
-    return sample(list(differences(evidence, pairs, complete=complete).values()))
+    return sample(list(differences(evidence, pairs).values()))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ def _line(evidence: Evidence, subject: str, goal: str, wanted: Mapping[str, obje
     lost = {}
     for scheduler, points in trained.items():
         pairs = [(points[r], full) for r in shared if (full := evidence.full_precision(points[r])) is not None]
-        lost[scheduler] = average(evidence, pairs, complete=True)
+        lost[scheduler] = average(evidence, pairs)
     by_seed: dict[int, list[float]] = {}
     for full in fulls:
         for seed, accuracy in evidence.accuracies(full).items():

@@ -50,7 +50,7 @@ def by_budget(found: Mapping[str, Evidence], scheduler: str, other: str, *, equa
         goal = "schedule.target_speedup" if at_equal_time(evidence) else "schedule.fraction"
         small, large = (_by_goal(evidence, scheduler, other, epsilon, goal) for epsilon in (1.0, 8.0))
         shared = small.keys() & large.keys()
-        gains = [differences(evidence, [known[value] for value in shared], complete=True) for known in (small, large)]
+        gains = [differences(evidence, [known[value] for value in shared]) for known in (small, large)]
         if shared and (value := paired(*gains)).n >= SEEDS:
             told.append((subject, value))
     return told
