@@ -36,7 +36,9 @@ PLOTS = ROOT / "docs" / "results"
 INTRODUCTION = """What was trained to find out whether scheduling saves accuracy under FP4, where, and what it buys on
 real chips. `python benchmarks/results_page.py` writes this page from the files under `benchmarks/results` (one line a
 run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the last
-epoch, in percent; a point is one percent of the test data. Epsilon is the privacy budget: the smaller, the stricter.
+epoch, in percent, in full precision, however the network was trained (so what ends in full precision also ends in the
+arithmetic of the test); a point is one percent of the test data. Modelled time is that of a B200 by its published peak
+rates, LUQ-FP4, which no chip has, timed as its FP4. Epsilon is the privacy budget: the smaller, the stricter.
 LUQ-FP4, the paper's format, has four bits. Differences are paired: the same seed with and without; `(a to b)` is their
 95 % interval by Student's t over the seeds (not over test images: the digits have 297, each a third of a point), and
 where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance; hence counts of comparisons are told
@@ -55,15 +57,17 @@ GLANCE = """Test accuracy lost against full precision, in points, with as many l
 by every schedule (layers are unequal, and so their modelled times differ), averaged over the budgets named. `static`
 draws its layers once, `pls` anew every epoch, `dpquant` anew with a preference for layers that were found insensitive
 in gradients that training releases anyway, `greedy` takes those that save most time; `annealed` quantizes all of them
-in the first epochs and none in the last, `cooldown` those that save most time, none in the last fifth of the run."""
+in the first epochs and none in the last, `cooldown` those that save most time, none in the last fifth of the run, or
+less of it where so many layers leave less."""
 GLANCE_TIME = """The same with the same modelled time for every schedule, by the published peak rates of a B200, in
 LUQ-FP4 where no other format is named;
 `cooldown` quantizes the layers that save most time at first, and none at the end."""
-GLANCE_BUDGET = """Budget by budget, averaged over the shares of the layers."""
+GLANCE_BUDGET = """Budget by budget, averaged over the shares of the layers, or over the speedups named."""
 CLAIMS = """DPQuant's claims (arXiv 2509.03472), as far as its abstract and what others wrote of it tell them, beside
 what the runs of this page show. Networks, data and formats are not all the same."""
-AVERAGES = """Each row is one comparison averaged over the budgets and fractions of a sweep; a seed's average, over
-those it has, is one value."""
+AVERAGES = """Each row is one comparison averaged over the budgets and fractions or speedups of a sweep; a seed's
+average is one value. Where a goal leaves no choice of layers, schedulers run alike, and the average has differences of
+0 (Fashion-MNIST's CNN at 1.165x)."""
 PROBES = """What the private probe takes of the budget: the noise multiplier of training without it and with it, and
 dpquant's accuracy with the probe less with the free estimate, averaged over a sweep's other settings."""
 OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
@@ -199,8 +203,9 @@ def main() -> None:
 
 def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
     """The page, and its plots by file name."""
-    found = load_all() if folder is None else load_all(folder)
-    plots = {f"{name}.svg": text for name, evidence in found.items() if (text := scheduler_plot(evidence))}
+    known = load_all() if folder is None else load_all(folder)
+    found = {name: evidence for name, evidence in known.items() if evidence.whole}  # what is half done may mislead
+    plots = {f"{name}.svg": text for name, evidence in known.items() if (text := scheduler_plot(evidence))}
     if text := differences_plot(found):
         plots["differences.svg"] = text
     if text := pareto_plot(found):
@@ -243,17 +248,17 @@ def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
         parts += ["", prose(PROBES), "", table_of_probes]
     parts += _choices(found)
     for title, names in GROUPS:
-        present = [name for name in names if name in found]
+        present = [name for name in names if name in known]
         if present:
             parts += ["", f"## {title}"]
         for name in present:
             plot = f"results/{name}.svg" if f"{name}.svg" in plots else None
-            parts += ["", section(name, found[name], plot)]
+            parts += ["", section(name, known[name], plot)]
     parts += (
         _variance()
         + _chips(found, "results/pareto.svg" if "pareto.svg" in plots else None)
-        + _unfinished(found)
-        + ["", "## Hours", "", hours(found)]
+        + _unfinished(known)
+        + ["", "## Hours", "", hours(known)]
     )
     return "\n".join(parts) + "\n", plots
 
@@ -329,7 +334,7 @@ def _unfinished(found: Mapping[str, Evidence]) -> list[str]:
 
 
 def hours(found: Mapping[str, Evidence]) -> str:
-    """Run-hours and device-hours of every sweep."""
+    """Run-hours of every sweep, and hours in which any of it was under way."""
     rows = []
     for name, evidence in found.items():
         for device in sorted({r.device or "-" for r in evidence.results.values()}):
@@ -341,9 +346,12 @@ def hours(found: Mapping[str, Evidence]) -> str:
         f"{sum(r.wall_s or 0.0 for r in results if r.device == device) / 3600:.1f} on {device}"
         for device in sorted({r.device for r in results if r.device})
     ]
-    note = f"{len(results)} runs, run-hours: {', '.join(totals)}. Runs share their device, so run-hours add up to more "
-    note += "than the device was busy for; `-`: not recorded.\n\n"
-    return note + table(["sweep", "device", "runs", "run-hours", "device-hours"], rows, range(2, 5))
+    note = (
+        f"{len(results)} runs, run-hours: {', '.join(totals)}. Runs share a device or several of a kind, so run-hours "
+    )
+    note += "add up to more than the last column, the hours in which any run of the sweep was under way; `-`: not "
+    note += "recorded."
+    return prose(note) + "\n\n" + table(["sweep", "device", "runs", "run-hours", "hours"], rows, range(2, 5))
 
 
 def busy_hours(own: list[SweepResult]) -> str:

@@ -174,12 +174,16 @@ def sentence() -> str:
         ranges.append(f"{min(known):.2f}x to {max(known):.2f}x")
     vit = modelled("ViT-B/16, 224x224", 1024)
     wide = workload("transformer", (("width", 4096), ("heads", 64)), (128,), 256)
-    large, widest = ([times(speedup(work, "b200", "nvfp4", basis)) for basis in BASES] for work in (vit, wide))
+    b200, gb300 = (
+        [[times(speedup(work, chip, "nvfp4", basis)) for basis in BASES] for work in (vit, wide)]
+        for chip in ("b200", "gb300")
+    )
     return (
         "By published peak rates FP8 and FP4 on H200, B200, GB300 and MI355X would run the small CNNs of this page at "
-        f"{ranges[0]} of full precision's speed; modelled on measured kernels it is {ranges[1]}: their steps are "
-        "starting kernels, moving data and converting numbers. Of wide layers NVFP4 on a B200 makes more: ViT-B/16 at "
-        "batch 1024 "
-        f"{large[1]} calibrated ({large[0]} peak), a transformer of width 4096 {widest[1]} ({widest[0]}). These are a "
-        "model's figures, without an interval; its held-out error is in [calibration](calibration.md)."
+        f"{ranges[0]} of full precision's speed; modelled on measured kernels (of the MI355X there are none) it is "
+        f"{ranges[1]}: their steps are starting kernels, moving data and converting numbers. Of wide layers NVFP4 "
+        f"makes more: by measured kernels ViT-B/16 at batch 1024 runs at {b200[0][1]} on a B200 (peak {b200[0][0]}) "
+        f"and {gb300[0][1]} on a GB300 ({gb300[0][0]}), a transformer of width 4096 at {b200[1][1]} ({b200[1][0]}) "
+        f"and {gb300[1][1]} ({gb300[1][0]}). These are a model's figures, without an interval; its held-out error is "
+        "in [calibration](calibration.md)."
     )

@@ -74,6 +74,7 @@ def _every_choice(found: Mapping[str, Evidence]) -> list[str]:
         text = f"Of the {len(values)} fixed choices {like}, `{scheduler}` is shown to be better than "
         text += f"{len(better)} ({parts}){f', by {span(better)},' if better else ''} and worse than "
         text += f"{len(worse)}{by(worse)}"
+        text += ", on seeds that its rule was chosen on" if scheduler == "cooldown" else ""
         if undecided:
             text += f"; for {len(undecided)} no difference is shown ({span(undecided)})"
         said.append(text + ".")

@@ -37,6 +37,11 @@ class Evidence:
     results: Mapping[str, SweepResult]
     stale: tuple[str, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether every planned run is done."""
+        return all(run.name in self.results and self.results[run.name].done for run in self.sweep.runs)
+
     def finished(self, settings: Settings) -> list[SweepResult]:
         """A point's runs that are done."""
         return self._finished.get(point_key(settings), [])

@@ -266,14 +266,15 @@ def unfinished(found: Mapping[str, Evidence]) -> list[str]:
         for run, reason in evidence.sweep.refused.items():
             said.append(f"{title}: {run} was refused: {reason}")
         if done < planned:
-            said.append(f"{title}: {planned - done} of {planned} planned runs have no result yet.")
+            left = f"{planned - done} of {planned} planned runs have no result yet"
+            said.append(f"{title}: {left}, and so nothing but its own table has it.")
         if evidence.stale:
             said.append(f"{title}: {len(evidence.stale)} results of an earlier configuration are not used.")
     return said + _repeats(found)
 
 
 def _repeats(found: Mapping[str, Evidence]) -> list[str]:
-    """Runs that two sweeps share, and each trained."""
+    """Runs that sweeps share, and each trained."""
     known: dict[str, list[float]] = {}
     for evidence in found.values():
         for result in evidence.results.values():
@@ -283,10 +284,11 @@ def _repeats(found: Mapping[str, Evidence]) -> list[str]:
     if not spans:
         return []
     differ = sum(map(bool, spans))
-    said = f"{len(spans)} runs are of two sweeps, and each trained them: {len(spans) - differ} are equal to every digit"
+    same = len(spans) - differ
+    said = f"{len(spans)} runs are of several sweeps, and each trained them: {same} are equal to every digit"
     if differ:
         said += (
-            f", {differ} differ, by up to {100 * max(spans):.2f} points, one of the two being of an early state of the "
+            f", {differ} differ, by up to {100 * max(spans):.2f} points, one being of an early state of the "
             "code, which added in another order or drew other initial weights"
         )
     return [f"{said}."]

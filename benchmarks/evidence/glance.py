@@ -108,9 +108,9 @@ def lines_by_budget(found: Mapping[str, Evidence]) -> Iterator[Line]:
             continue
         equal = at_equal_time(evidence)
         goals = sorted({p["schedule.target_speedup" if equal else "schedule.fraction"] for p in points} - {None, 1.0})
-        ends = f"{goals[0]:g}x" if equal else f"{100 * goals[0]:g} to {_share(goals[-1])}"
+        said = " and ".join(f"{goal:g}x" for goal in goals) if equal else f"{100 * goals[0]:g} to {_share(goals[-1])}"
         for budget in sorted(budgets, reverse=True):
-            if (line := _line(evidence, subject, ends, {"target_epsilon": budget})) is not None:
+            if (line := _line(evidence, subject, said, {"target_epsilon": budget})) is not None:
                 yield line
 
 
@@ -178,11 +178,15 @@ def unused_estimator(evidence: Evidence) -> str | None:
     return min((estimator for estimator in said if estimator is not None), default=None)
 
 
-def schedules(evidence: Evidence, scheduler: str, wanted: Mapping[str, object]) -> list[Settings]:
-    """The points of a scheduler; where the estimator is varied, with the free one if it uses any."""
+def schedules(
+    evidence: Evidence, scheduler: str, wanted: Mapping[str, object], *, estimator: str = "released"
+) -> list[Settings]:
+    """The points of a scheduler; where the estimator is varied, with this one if it uses any."""
     unused = unused_estimator(evidence)
-    free = "released" if scheduler == "dpquant" else unused
-    return evidence.points(scheduler=scheduler, **wanted, **({} if unused is None else {"estimator": free}))
+    if unused is None and estimator == "probe":
+        return []  # such sweeps have the free one
+    varied = {} if unused is None else {"estimator": estimator if scheduler == "dpquant" else unused}
+    return evidence.points(scheduler=scheduler, **wanted, **varied)
 
 
 def rest(settings: Settings) -> str:

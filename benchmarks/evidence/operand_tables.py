@@ -46,7 +46,12 @@ def in_luq(seeds: int) -> str:
         full = found.get(("none", "none"), {})
         forward, backward = (paired(found.get(("luq_fp4", operand), {}), full) for operand in ("forward", "backward"))
         if min(forward.n, backward.n) >= seeds:
-            parts.append(f"{difference(forward)} points on {name} (the output gradients alone {difference(backward)})")
+            apart = paired(found[("luq_fp4", "forward")], found[("luq_fp4", "backward")])
+            shown = "" if apart.sign else ", which shows none"
+            parts.append(
+                f"{difference(forward)} points on {name} (the output gradients alone {difference(backward)}; the "
+                f"difference is {difference(apart)}{shown})"
+            )
     if not parts:
         return ""
     return f"weights and inputs alone, which are rounded to the nearest value, cost {' and '.join(parts)}"

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dpquant.statistics import paired, sample
+from dpquant.statistics import sample
 
 from . import chips, operand_tables
 from .choices import every_choice, known_choices, looked_at_once, room
-from .endings import by_length
 from .files import SEEDS, Evidence
 from .findings import anchors
 from .markdown import difference
 from .told import Told, by, by_budget, firm, probed, shown, span, unprobed
 
-FORMATS = {"luq_fp4": "LUQ-FP4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "fp8": "FP8"}
+FORMATS = {
+    "luq_fp4": "LUQ-FP4",
+    "mxfp4": "MXFP4",
+    "fp4": "E2M1",
+    "int4_luq": "INT4 with LUQ's gradients",
+    "int4": "INT4",
+    "nvfp4": "NVFP4",
+    "fp6": "FP6",
+    "mxfp8": "MXFP8",
+    "fp8": "FP8",
+}
 
 
 def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
@@ -24,97 +33,71 @@ def paragraphs(found: Mapping[str, Evidence]) -> list[str]:
 
 def _scheduling(found: Mapping[str, Evidence]) -> str:
     told = ["**Does a changing choice of layers save accuracy?**"]
-    drawn, preferred, most, ended, ended_time = (
-        unprobed(found, scheduler, other, equal_time=same_time)
-        for scheduler, other, same_time in (
-            ("pls", "static", None),
-            ("dpquant", "pls", None),
-            ("greedy", "static", True),
-            ("annealed", "static", False),
-            ("annealed", "static", True),
-        )
-    )
-    by_probe = probed(found, "pls")
-    if not (drawn and ended):
+    drawn, preferred = (unprobed(found, *pair) for pair in (("pls", "static"), ("dpquant", "pls")))
+    by_probe, to_the_end = probed(found, "pls"), unprobed(found, "cooldown", "greedy", equal_time=True)
+    if not (drawn and to_the_end):
         return " ".join([*told, "There are too few seeds yet to say anything."])
-    if 2 * len(firm(ended, 1)) > len(ended) and not firm(drawn, 1):
-        told.append("Drawing them anew does not, as far as is shown; ending in full precision does.")
+    if firm(to_the_end, 1) and not firm(drawn, 1):
+        told.append("Drawing layers anew is not shown to; ending in full precision does in places.")
     told.append(
-        f"Layers drawn anew every epoch (`pls`) do better than one fixed random choice (`static`) in {_counted(drawn)} "
-        "comparisons (in brackets: what Holm's correction for their number leaves of them)."
+        "A new random choice every epoch (`pls`) does better than one for the whole run (`static`) in "
+        f"{_counted(drawn)} comparisons (in brackets: in how many Holm's correction for their number leaves it so)."
     )
-    if preferred:
+    if by_probe:
         told.append(
-            "Preferring layers that were found insensitive (`dpquant`) does better than `pls` in "
-            f"{_counted(preferred)} by gradients that training releases anyway"
-            + (f", in {_counted(by_probe)} by the private measurement of the paper" if by_probe else "")
-            + "."
+            "Preferring layers that were found insensitive (`dpquant`) does better than `pls` by the private "
+            f"measurement of the paper in {_counted(by_probe)} and worse in {_counted(by_probe, -1)}, by gradients "
+            f"that training releases anyway better in {_counted(preferred)}."
         )
-    if most:
-        told.append(
-            "Taking those that save most time (`greedy`) does better than a random choice of the same modelled time in "
-            f"{_counted(most)}."
-        )
-    told.append(
-        "Quantizing all layers in the first epochs and none in the last (`annealed`) does better than a fixed choice "
-        f"with as many layers times epochs in {_counted(ended)}{_gained(ended)}"
-        + (f", and than one of the same modelled time in {_counted(ended_time)}" if ended_time else "")
-        + "."
-    )
-    if growth := _by_family(found, "annealed", "static"):
-        told.append(f"At epsilon 1 it gains more than at epsilon 8 in {growth}.")
-    return " ".join(told + _best(found))
+    return " ".join(told + _best(found, to_the_end))
 
 
-def _best(found: Mapping[str, Evidence]) -> list[str]:
-    """Cooldown against the fixed choices that reach the same speedup."""
-    tried: Told = []
+def _best(found: Mapping[str, Evidence], to_the_end: Told) -> list[str]:
+    """Cooldown against the fixed choices that reach the same speedup, and against the same to the end."""
     fresh: Told = []
     left: Told = []
     for choices in known_choices(found, equal_time=True):
-        for scheduled, fixed, _ in every_choice(choices, "cooldown"):
-            value = looked_at_once(choices, scheduled, fixed)
-            if value.n >= SEEDS:
-                (fresh if choices.fresh else tried).append((choices.subject, value))
-                if choices.fresh and not value.sign and (most := room(choices.fixed, fixed)).sign == 1:
+        for scheduled, fixed, _ in every_choice(choices, "cooldown") if choices.fresh else ():
+            if (value := looked_at_once(choices, scheduled, fixed)).n >= SEEDS:
+                fresh.append((choices.subject, value))
+                if not value.sign and (most := room(choices.fixed, fixed)).sign == 1:
                     left.append((choices.subject, most))
-    if not tried:
-        return []
-    text = (
-        "With the layers that save most time alone (`cooldown`) it does better than "
-        f"{_counted(tried)} fixed choices of layers of the same modelled time, and worse than "
-        f"{len(shown(tried, -1))}"
-    )
+    text = "`cooldown` quantizes the layers that save most time in the first epochs and none in the last."
     if fresh:
         undecided = len(shown(fresh, 0))
-        text += f"; on seeds that nothing was chosen on, better than {_counted(fresh)}, and worse than "
-        text += f"{len(shown(fresh, -1))}"
+        text += " On seeds that nothing was chosen on it does better than "
+        text += f"{_counted(fresh)} fixed choices of the same modelled time, and worse than {len(shown(fresh, -1))}"
         if undecided:
             harmless = undecided - len(left)
             text += f" (for the other {undecided} no difference is shown"
             text += f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}" if left else ""
             text += f"; in {harmless} of them quantizing costs nothing that is shown)" if harmless else ")"
-    told = [f"{text}."]
-    if to_the_end := unprobed(found, "cooldown", "greedy", equal_time=True):
-        worse = shown(to_the_end, -1)
-        told.append(f"It does better than `greedy` in {_counted(to_the_end)}, and worse in {len(worse)}{by(worse)}.")
-    if lengths := list(by_length(found)):
-        grown = [(subject, paired(runs[-1].gains, runs[0].gains)) for subject, runs in lengths]
-        ends = ", ".join(f"{difference(runs[-1].gain)} on {subject}" for subject, runs in lengths)
-        more = f"In the longest runs it gains more on `greedy` than in the shortest in {_counted(grown)}"
-        told.append(f"{more}: in the longest {ends}.")
-    return [*told, "Such schedules measure nothing, and so cost no privacy."]
+        text += "."
+    kept = firm(to_the_end, 1)
+    parts = []
+    for kind in dict.fromkeys(map(_kind, (name for name, _ in to_the_end))):
+        own = [one for one in to_the_end if _kind(one[0]) == kind]
+        better = shown(own, 1)
+        count = f"{len(better)} of {len(own)}" + (f" [{sum(one in kept for one in own)}]" if better else "")
+        parts.append(f"{count} {kind}" + (f" (by {span(better)})" if better else ""))
+    worse = shown(to_the_end, -1)
+    told = [text, f"Against what saves most time kept to the end (`greedy`) it does better in {'; '.join(parts)};"]
+    told.append(f"and worse in {len(worse)}{by(worse)}.")
+    return [*told, "It measures nothing, and so costs no privacy."]
 
 
-def _counted(values: Told) -> str:
-    """In how many comparisons something is better; in brackets, in spite of their number."""
-    better = len(shown(values, 1))
-    return f"{better} of {len(values)}" + (f" [{len(firm(values, 1))}]" if better else "")
+def _kind(subject: str) -> str:
+    """Of a comparison, what its outcome hangs on."""
+    if "NVFP4" in subject:
+        return "in NVFP4"
+    deep = any(name in subject for name in ("ResNet-50", "DenseNet-121"))
+    return "in LUQ-FP4 on " + ("ResNet-50 and DenseNet-121" if deep else "smaller networks")
 
 
-def _gained(values: Told) -> str:
-    better = shown(values, 1)
-    return f", where shown by {span(better)}" if better else ""
+def _counted(values: Told, sign: int = 1) -> str:
+    """In how many comparisons something is better, or worse; in brackets, in spite of their number."""
+    those = len(shown(values, sign))
+    return f"{those} of {len(values)}" + (f" [{len(firm(values, sign))}]" if those else "")
 
 
 def _by_family(found: Mapping[str, Evidence], scheduler: str, other: str) -> str:
@@ -132,14 +115,14 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
             here = formats.points(scheduler="static", fraction=1.0, format=name)
             lost = sample([*formats.lost(here[0]).values()] if here else [])
             if lost.n >= SEEDS:
-                costs.append(f"{said} {difference(lost)}" + ("" if lost.sign else ", which shows no loss"))
+                costs.append((lost.mean, f"{said} {difference(lost)}" + ("" if lost.sign else ", which shows no loss")))
         if costs:
             told.append(
-                "Into the number format first: with all layers of CIFAR-10's CNN in it at epsilon 8, points less full "
-                f"precision: {'; '.join(costs)}."
+                "Into the number format: with all layers of CIFAR-10's CNN in it at epsilon 8, points less full "
+                f"precision: {'; '.join(text for _, text in sorted(costs))}."
             )
     if more := _by_family(found, "full", "static"):
-        told.append(f"At epsilon 1 it costs more than at epsilon 8 in {more}.")
+        told.append(f"At epsilon 1 quantization costs more than at epsilon 8 in {more}.")
     if harm := operand_tables.in_luq(SEEDS):
         told.append(f"In LUQ-FP4, the paper's format, {harm}.")
     if known := anchors(found):
