@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evidence import chips, claims, findings, glance, operand_tables, summary, variance_tables
 from evidence.choices import best_static, every_choice_table, known_choices
-from evidence.files import ROOT, SEEDS, Evidence, Settings, load_all
+from evidence.files import ROOT, SEEDS, Evidence, Settings, load_all, whole
 from evidence.markdown import table
 from evidence.plots import Cloud, Panel, dots, forest, scatter
 from evidence.sweep_tables import (
@@ -204,7 +204,7 @@ def main() -> None:
 def results(folder: Path | None = None) -> tuple[str, dict[str, str]]:
     """The page, and its plots by file name."""
     known = load_all() if folder is None else load_all(folder)
-    found = {name: evidence for name, evidence in known.items() if evidence.whole}  # what is half done may mislead
+    found = whole(known)
     plots = {f"{name}.svg": text for name, evidence in known.items() if (text := scheduler_plot(evidence))}
     if text := differences_plot(found):
         plots["differences.svg"] = text

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import results_page
 from evidence import choices, endings, findings, glance, plots, summary, sweep_tables, told
-from evidence.files import Evidence, load_all
+from evidence.files import Evidence, load_all, whole
 
 from dpquant.statistics import sample
 from dpquant.sweep import load_sweep
@@ -312,6 +312,10 @@ def test_the_glance_holds_schedules_to_full_precision_on_what_all_of_them_have()
     by_budget = list(glance.lines_by_budget({"fashion_main": evidence}))
     assert [line.budgets for line in by_budget] == ["8", "4", "1"]
     assert [line.goal for line in by_budget] == ["50 to 75 % of the layers"] * 3
+    shares = {"fashion_time_shares": invented("fashion_time_shares", accuracy, 3)}
+    assert [line.goal for line in glance.lines_by_budget(shares)] == ["1.085x and 1.165x"] * 3
+    assert not whole({"fashion_main": evidence})  # four seeds of five
+    assert list(whole(shares | {"fashion_main": invented("fashion_main", accuracy, 5)})) == ["fashion_main"]
     assert [line.full.mean for line in by_budget] == pytest.approx([0.595, 0.555, 0.525])
 
 
@@ -356,7 +360,7 @@ def test_what_hangs_on_the_budget_is_told() -> None:
     assert gained.mean == pytest.approx(0.03, abs=2e-3)
     assert "`annealed` less `static` at epsilon 1, less the same at epsilon 8, is above 0 in 1 of 1" in schedules(found)
     assert (
-        "At epsilon 1 it costs more than at epsilon 8 in 1 of 1 [1] by share of the layers."
+        "At epsilon 1 quantization costs more than at epsilon 8 in 1 of 1 [1] by share of the layers."
         in summary.paragraphs(found)[1]
     )
     assert not told.by_budget({"fashion_time": invented("fashion_time", accuracy, 5)}, "full", "static")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
 from evidence import chips, choices, endings, glance, operand_tables, sweep_tables, told  # noqa: E402
-from evidence.files import load_all  # noqa: E402
+from evidence.files import load_all, whole  # noqa: E402
 from evidence.markdown import difference  # noqa: E402
 
 from dpquant.sweep import load_sweep, point_key  # noqa: E402
@@ -203,14 +203,15 @@ def test_choices_of_the_same_speedup_by_another_hand() -> None:
     assert not shown
     left = [room for said, room in fresh if said == "no difference shown"]
     verdicts_fresh = [said for said, _ in fresh]
-    counts = rf"better than {verdicts_fresh.count('better')} of {len(fresh)} (?:\[\d+\])?, and worse than "
+    counts = rf"better than {verdicts_fresh.count('better')} of {len(fresh)} (?:\[\d+\] )?fixed choices of the same "
+    counts += "modelled time, and worse than "
     counts += f"{verdicts_fresh.count('worse')}"
     if left:
         none = len(left) - left.count("better")
         counts += rf" \(for the other {len(left)} no difference is shown"
         counts += "; full precision less th" if len(left) > none else ""
         counts += f".*?; in {none} of them quantizing costs nothing" if none else r"[^;]*\)"
-    assert re.search(rf"on seeds that nothing was chosen on, {counts}", " ".join(PAGE.read_text().split()))
+    assert re.search(rf"On seeds that nothing was chosen on it does {counts}", " ".join(PAGE.read_text().split()))
     known = [one for many in verdicts.values() for one in many]
     parts = ", ".join(f"{many.count('better')} of {len(many)} on {subject}" for subject, many in verdicts.items())
     counted = re.search(
@@ -493,7 +494,7 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
     def lost(value: Any) -> str:
         return f"{-100 * value.mean:.1f} ({-100 * value.high:.1f} to {-100 * value.low:.1f})"
 
-    found = load_all()
+    found = whole(load_all())
     readme, guides = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "docs/guides.md"))
     fresh = {one.subject: one for one in choices.known_choices(found, equal_time=True) if one.fresh}
     gains = {
@@ -530,8 +531,10 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
     long = [lengths[-1] for subject, lengths in endings.by_length(found) if subject.startswith("DenseNet-121")]
     assert [f"in {one.epochs} epochs it gained {difference(one.gain)}." in readme for one in long] == [True]
     by_budget = told.by_budget(found, "cooldown", "static")
-    more = f"{len(told.shown(by_budget, 1))} of {len(by_budget)}"
-    assert f"At epsilon 1 it gains more than at 8 in {more} comparisons, less in none;" in guides
+    more = (
+        f"{len(told.shown(by_budget, 1))} of {len(by_budget)} comparisons ({len(told.firm(by_budget, 1))} after Holm's"
+    )
+    assert f"At epsilon 1 it gains more than at 8 in {more} correction for their number), less in none;" in guides
     assert not told.shown(by_budget, -1)
     small = {"fashion_time_fresh", "cifar10_time_fresh", "cifar10_resnet18_fresh", "digits_time_fresh"}
     quantized = [
@@ -541,7 +544,7 @@ def test_what_readme_and_guides_quote_is_what_was_found() -> None:
 
 
 def test_trades_on_chips_are_the_cost_models_and_the_runs() -> None:
-    found = load_all()
+    found = whole(load_all())
     known = list(chips.trades(found))
     one = next(t for t in known if (t.sweep, t.chip, t.format, t.basis) == ("cifar10_formats", "b200", "nvfp4", "peak"))
     evidence = found["cifar10_formats"]

@@ -37,11 +37,6 @@ class Evidence:
     results: Mapping[str, SweepResult]
     stale: tuple[str, ...]
 
-    @property
-    def whole(self) -> bool:
-        """Whether every planned run is done."""
-        return all(run.name in self.results and self.results[run.name].done for run in self.sweep.runs)
-
     def finished(self, settings: Settings) -> list[SweepResult]:
         """A point's runs that are done."""
         return self._finished.get(point_key(settings), [])
@@ -100,6 +95,15 @@ def load_all(folder: Path = RESULTS / "sweeps") -> dict[str, Evidence]:
         own = {n: r for n, r in known.items() if digests.get(n) == r.digest}
         found[name] = Evidence(sweep=sweep, results=own, stale=tuple(n for n in known if n not in own))
     return found
+
+
+def whole(known: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """The sweeps whose every planned run is done: what is half done may mislead."""
+    return {
+        name: evidence
+        for name, evidence in known.items()
+        if all(run.name in evidence.results and evidence.results[run.name].done for run in evidence.sweep.runs)
+    }
 
 
 Pair = tuple[Settings, Settings]
