@@ -29,8 +29,8 @@ SUBSETS = {
     "digits_epsilon1_fresh": ("digits_epsilon1_fresh", 6),
 }
 """Sweep of schedulers -> the sweep of fixed choices to hold it against, and how many layers the network has."""
-LATER = {"cifar10_resnet18_fresh": 20, "digits_time_fresh": 50}
-"""Sweep of fresh seeds -> the first of those that were planned after the seeds before had left a difference open."""
+LATER = {"cifar10_resnet18_fresh": 20, "digits_time_fresh": 300, "digits_epsilon1_fresh": 300}
+"""Sweep of fresh seeds -> the first of those that were planned after the seeds before had been looked at."""
 SAME = 0.005
 """Modelled speedups that differ by at most this share are one: an epoch quantizes a layer or does not, and so hardly a
 schedule meets a choice's own speedup to the last digit."""

@@ -107,11 +107,12 @@ def _fresh(found: Mapping[str, Evidence]) -> list[str]:
                 continue
             parts.append(f"less `greedy` {place} {difference(value)} points, {verdict(value)}")
         if parts:
-            said.append(f"On {subject}, which nothing was chosen on, `cooldown` {'; '.join(parts)}.")
+            which = "all of them" if name in LATER else "which nothing was chosen on"
+            said.append(f"On {subject}, {which}, `cooldown` {'; '.join(parts)}.")
         if later:
             said.append(
-                f"On its seeds from {LATER[name]} on alone, which were planned after those before had left a "
-                "difference open (a second look misleads more often than once in twenty times; these had but one), "
+                f"On its seeds from {LATER[name]} on alone, which were planned after those before had been looked at "
+                "(a second look misleads more often than once in twenty times; these had but one), "
                 f"`cooldown` {'; '.join(later)}."
             )
     if beside_full:

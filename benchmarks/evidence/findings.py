@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from dpquant.statistics import Sample, sample
 
-from . import endings, operand_tables, variance_tables
+from . import as_trained, endings, operand_tables, variance_tables
 from .files import SEEDS, Evidence, Settings
 from .glance import SUBJECTS
 from .markdown import difference, interval, verdict
@@ -48,7 +48,7 @@ def _scheduling(found: Mapping[str, Evidence]) -> list[str]:
     said = _which(found) + _when(found)
     if not said:
         return ["There are too few seeds yet to say anything."]
-    return said + endings.sentences(found) + _price(found)
+    return said + endings.sentences(found) + _price(found) + [part for part in [as_trained.sentence(found)] if part]
 
 
 def _price(found: Mapping[str, Evidence]) -> list[str]:
