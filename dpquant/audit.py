@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from dpquant import train
 from dpquant.audit_bounds import gaussian_epsilon, gdp_lower_bound, one_run_lower_bound
-from dpquant.config import RunConfig, load_config
+from dpquant.config import RunConfig
 from dpquant.data import DataSettings, Splits, load_data
 from dpquant.privacy import PrivacyLedger
 from dpquant.streams import fresh_root, stream, stream_seed
@@ -108,7 +108,7 @@ def pair(
     engine = planned.engine
     batch = engine.expected_batch_size if mechanism == "training" else engine.analysis.expected_batch_size
     size = min(examples or batch, len(planned.splits.train))
-    whole = load_config(config.path, _everyone(size, planned.engine.noise_multiplier, mechanism))
+    whole = config.changed(_everyone(size, planned.engine.noise_multiplier, mechanism))
     x, y = (t[:size] for t in planned.splits.train.tensors)
     extra_x, extra_y = canaries(planned.splits)[canary]
     bigger = TensorDataset(torch.cat([x, extra_x]), torch.cat([y, extra_y]))
@@ -202,7 +202,7 @@ def direction(subject: Pair) -> tuple[Tensor, float]:
     if subject.mechanism == "training":
         sensitivity = subject.smaller.config["training"]["max_grad_norm"] / engine.expected_batch_size
     else:
-        sensitivity = engine.analysis.max_norm / engine.analysis.expected_batch_size
+        sensitivity = engine.analysis.sensitivity
     norms = torch.stack(differences).norm(dim=1)
     return torch.stack(differences).mean(0), float(norms.max()) / sensitivity
 
@@ -330,7 +330,7 @@ def audit_run(
         ("training", "epochs"): epochs or config["training"]["epochs"],
     }
     training = train.prepare(
-        load_config(config.path, changes),
+        config.changed(changes),
         root=root,
         splits=replace(splits, train=TensorDataset(*data)),
         adapt=lambda model: CanaryBank(model, count),

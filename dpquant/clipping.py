@@ -178,6 +178,12 @@ class PrivateOptimizer(DPOptimizer):
             self._row = None
         super().zero_grad(set_to_none)
 
+    def forget(self) -> None:
+        """Forgets a logical batch that was not finished: its parts come again, and must not count twice."""
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+        self.zero_grad()
+
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clips and adds what the last backward left; noise too, unless the logical batch goes on."""
         self.clip_and_accumulate()

@@ -184,6 +184,10 @@ class RunConfig:
             decisive.get(section, {}).pop(key, None)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
+    def changed(self, overrides: Mapping[KeyPath, Any]) -> RunConfig:
+        """This configuration with other values, checked as :func:`load_config` does; None removes a key."""
+        return _checked(self.path, _overridden(self._document, overrides, {}))
+
     def error(self, key: KeyPath, message: str, *, hint: str | None = None) -> InputError:
         """An error that points at the line of ``key``, such as ``("training", "batch_size")``."""
         return self._document.error(key, message, hint=hint)
@@ -279,14 +283,7 @@ def load_config(
         if name not in shipped or len(Path(path).parts) > 3:
             raise InputError(f"no such configuration: {path}", hint=suggestion(name, shipped))
         path = shipped[name]
-    document = _without_nulls(_overridden(read_yaml(path), overrides or {}, origins or {}), DEFAULTS)
-    raise_all(problems(document, SPECIFICATION))
-    data = document.data
-    resolved = {key: _filled(data.get(key), DEFAULTS.get(key)) for key in SPECIFICATION.entries}
-    resolved["name"] = resolved["name"] or Path(path).stem
-    config = RunConfig(path=str(path), data=resolved, _document=document)
-    raise_all(_contradictions(config))
-    return config
+    return _checked(str(path), _overridden(read_yaml(path), overrides or {}, origins or {}))
 
 
 def run_schema() -> dict[str, Any]:
@@ -294,6 +291,17 @@ def run_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "dpquant run"} | json_schema(
         SPECIFICATION
     )
+
+
+def _checked(path: str, document: Document) -> RunConfig:
+    document = _without_nulls(document, DEFAULTS)
+    raise_all(problems(document, SPECIFICATION))
+    data = document.data
+    resolved = {key: _filled(data.get(key), DEFAULTS.get(key)) for key in SPECIFICATION.entries}
+    resolved["name"] = resolved["name"] or Path(path).stem
+    config = RunConfig(path=path, data=resolved, _document=document)
+    raise_all(_contradictions(config))
+    return config
 
 
 def _filled(value: Any, default: Any) -> Any:

@@ -105,6 +105,8 @@ class DPQuantEngine:
         self._root = processes.broadcast(root)
         self.spending = Spending()
         self._same_arithmetic = True
+        self._again: tuple[int, ...] = ()  # tells the streams of steps that are counted again from those before
+        self._analysed = -1  # the last epoch that was
         self.step = self.epoch = 0
         self.sensitivities: dict[str, float] | None = None
         self._seconds: list[float] = []  # modelled, of every epoch's steps so far
@@ -156,6 +158,10 @@ class DPQuantEngine:
         """
         if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise InputError(f"max_grad_norm={max_grad_norm} must be above 0")
+        if not 0 < target_delta < 1:
+            raise InputError(f"target_delta={target_delta} must be above 0 and below 1", hint="below 1 / examples")
+        if max_physical_batch_size is not None and max_physical_batch_size < 1:
+            raise InputError(f"max_physical_batch_size={max_physical_batch_size} must be at least 1")
         check_parameters(module)
         numbers = public_numbers(
             data_loader, sample_rate=sample_rate, expected_batch_size=expected_batch_size, epochs=epochs
@@ -187,9 +193,9 @@ class DPQuantEngine:
             criterion=criterion,
             data_loader=data_loader,
             budget=self._budget,
-            root=self._root,
+            sampling=lambda step: self._stream("sampling", step),
             steps=lambda: range(self.step, self._end()),
-            inside=lambda inside: layers.set_plan(self._module, self._plan if inside else {}),
+            inside=self._inside,
             max_grad_norm=max_grad_norm,
             clipping=clipping,
             max_physical_batch_size=max_physical_batch_size,
@@ -255,9 +261,10 @@ class DPQuantEngine:
         """
         while self.epoch < self.epochs_planned and self.step < self.last_step:
             started = time.perf_counter()
-            analysed = self._due(self.epoch)
+            analysed = self._due(self.epoch) and self._analysed != self.epoch  # a loop that was left may come again
             if analysed:
                 self._analyse()
+                self._analysed = self.epoch
             self.sensitivities = self.processes.broadcast(self._evidence.sensitivities())
             del self._seconds[self.epoch :]
             end = self._end()
@@ -322,11 +329,13 @@ class DPQuantEngine:
             "ledger": self.ledger.to_json_lines(),
             "last_step": self.last_step,
             "arithmetic": self._arithmetic(),
+            "again": list(self._again),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Sets the engine to what :meth:`state` gave."""
-        self._root, self.epoch = state["root"], state["epoch"]
+        self._root, self.epoch, self._analysed = state["root"], state["epoch"], -1
+        self._again = tuple(state.get("again", ()))
         self.step = self.epoch * self.steps_per_epoch
         self._evidence.load_state(state)
         self.sensitivities = self._evidence.probed
@@ -341,11 +350,14 @@ class DPQuantEngine:
         Args:
             written: what the record holds already. Where it is ahead of the engine, a run was stopped between; the same
                 steps are taken again with the same bits, and so are not counted twice. That needs arithmetic that
-                repeats to the bit: on a GPU, or on another number of processes or threads than the checkpoint was
-                written by, repeated steps are counted again. A checkpoint is then to be written before the first step.
+                repeats to the bit: on a GPU, with dropout, or on another number of processes or threads than the
+                checkpoint was written by, repeated steps are counted again, and draw other batches and other noise. A
+                checkpoint is then to be written before the first step.
             append: puts an event on record, of one step or of some that are about to be taken.
         """
         repeats = self._same_arithmetic and self._arithmetic() is not None
+        if not repeats and written != self.ledger:  # the same noise on another sum would show the sums' difference
+            self._again = (sum(event.steps for event in written.events),)
         self.spending.write_ahead(written, append, repeats_to_the_bit=repeats)
         if not repeats:
             due = sum(self._due(epoch) for epoch in range(self.epoch, self.epochs_planned))
@@ -362,7 +374,7 @@ class DPQuantEngine:
         return min((self.epoch + 1) * self.steps_per_epoch, self.last_step)
 
     def _arithmetic(self) -> str | None:
-        return arithmetic(next(self._module.parameters()).device, self.processes.size)
+        return arithmetic(self._module, self.processes.size)
 
     def _end_at(self, last_step: int) -> None:
         """Ends the run there: what analyses are left count against the speedup of the steps that are left."""
@@ -378,9 +390,18 @@ class DPQuantEngine:
         if self.step >= self.last_step:
             raise RuntimeError(f"all {self.step} planned steps are taken: a further one would exceed the budget")
         self.spending.spend(self._budget.training(1), upcoming=self._end() - self.step)
-        generator = stream(self._root, "noise", self.step, device=next(self._module.parameters()).device)
+        generator = self._stream("noise", self.step, device=next(self._module.parameters()).device)
         self.step += 1
         return generator
+
+    def _stream(self, purpose: str, position: int, device: torch.device | str = "cpu") -> torch.Generator:
+        return stream(self._root, purpose, position, *self._again, device=device)
+
+    def _inside(self, inside: bool) -> None:
+        """Told by the loader when an iteration starts and ends."""
+        if inside:
+            self._parts.optimizer.forget()
+        layers.set_plan(self._module, self._plan if inside else {})
 
     def _key_rounding(self, ids: Tensor) -> None:
         layers.set_rounding(self._module, seed=stream_seed(self._root, "rounding"), step=self.step, example_ids=ids)
@@ -388,14 +409,14 @@ class DPQuantEngine:
     def _analyse(self) -> None:
         """One private analysis of every policy, on record before its noise is drawn."""
         event = self.analysis_event(1)
-        chosen = poisson_draw(self._examples, event.sample_rate, stream(self._root, "analysis-sampling", self.epoch))
+        chosen = poisson_draw(self._examples, event.sample_rate, self._stream("analysis-sampling", self.epoch))
         self.spending.spend(event)
         loader = self._parts.loader
         self._evidence.probe(
             self._parts.losses,
             chosen,
             lambda part: loader.collate_fn(loader.dataset.__getitems__(part.tolist())),  # type: ignore[attr-defined]
-            stream(self._root, "analysis-noise", self.epoch),
+            self._stream("analysis-noise", self.epoch),
             max_grad_norm=self._max_grad_norm,
             max_physical_batch_size=self._max_physical_batch_size,
             processes=self.processes,

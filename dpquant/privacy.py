@@ -300,7 +300,7 @@ def _prv_epsilon(composition: Composition, delta: float) -> float | None:
             value = float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR))
         except (RuntimeError, ValueError):
             return None
-    return value if math.isfinite(value) else None
+    return max(0.0, value) if math.isfinite(value) else None
 
 
 def _feasible_by_doubling(feasible: Callable[[float], bool]) -> float:

@@ -59,7 +59,7 @@ def private_parts(
     criterion: nn.Module,
     data_loader: DataLoader[Any],
     budget: Budget,
-    root: int,
+    sampling: Callable[[int], torch.Generator],
     steps: Callable[[], range],
     inside: Callable[[bool], None],
     max_grad_norm: float,
@@ -78,7 +78,7 @@ def private_parts(
         criterion: a loss with a ``reduction``.
         data_loader: whose data set and collation are kept.
         budget: sizes of the batches, and the noise that is added.
-        root: seed of the run, from which batches are drawn.
+        sampling: step -> the generator that its batch is drawn with.
         steps: of an iteration of the loader.
         inside: told when an iteration starts and ends.
         max_grad_norm: norm that each example's gradient is clipped to.
@@ -103,7 +103,7 @@ def private_parts(
     sampler = PoissonSampler(
         size=len(data_loader.dataset),  # type: ignore[arg-type]
         sample_rate=budget.numbers.sample_rate,
-        root=root,
+        generator=sampling,
         steps=steps,
         inside=inside,
         processes=processes,

@@ -55,9 +55,11 @@ def public_numbers(
         InputError: a number is out of range, or missing.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
-    batch_size = expected_batch_size or loader.batch_size
+    batch_size = loader.batch_size if expected_batch_size is None else expected_batch_size
     if batch_size is None:
         raise InputError("the loader has no batch_size", hint="give expected_batch_size and sample_rate")
+    if batch_size < 1:
+        raise InputError(f"expected_batch_size={batch_size} must be at least 1")
     if sample_rate is None:
         if batch_size > size:
             raise InputError(
@@ -74,5 +76,5 @@ def public_numbers(
         sample_rate=sample_rate,
         expected_batch_size=batch_size,
         epochs=epochs,
-        dataset_size=round(expected_batch_size / sample_rate) if expected_batch_size and sample_rate > 0 else size,
+        dataset_size=round(batch_size / sample_rate) if sample_rate > 0 else 0,
     )

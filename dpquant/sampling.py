@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, get_worker_info
 
 from dpquant.distributed import ALONE, Processes
-from dpquant.streams import stream
 from emulation.errors import InputError
 
 
@@ -25,13 +24,13 @@ def poisson_draw(size: int, sample_rate: float, generator: torch.Generator) -> T
 class PoissonSampler(Sampler[list[int]]):
     """Index lists of the Poisson batches of one epoch, as Opacus's ``UniformWithReplacementSampler`` draws them.
 
-    Each batch is a function of (root seed, step): a run that stops between two steps draws the same batches when it
-    goes on, without saving a generator.
+    Each batch has a generator of its own: a run that stops between two steps draws the same batches when it goes on,
+    without saving one.
 
     Args:
         size: number of examples.
         sample_rate: probability of each example in each batch.
-        root: root seed of the run.
+        generator: step -> the generator that its batch is drawn with.
         steps: called at the start of an iteration; the steps whose batches it yields.
         inside: called with True when an iteration starts and with False when it ends, however it ends.
         processes: all draw the same batch, and each yields its own part of it.
@@ -42,13 +41,13 @@ class PoissonSampler(Sampler[list[int]]):
         *,
         size: int,
         sample_rate: float,
-        root: int,
+        generator: Callable[[int], torch.Generator],
         steps: Callable[[], range],
         inside: Callable[[bool], None],
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
-        self._size, self._sample_rate, self._root = size, sample_rate, root
+        self._size, self._sample_rate, self._generator = size, sample_rate, generator
         self._steps, self._inside = steps, inside
 
     def __len__(self) -> int:
@@ -58,8 +57,7 @@ class PoissonSampler(Sampler[list[int]]):
         self._inside(True)
         try:
             for step in self._steps():
-                generator = stream(self._root, "sampling", step)
-                drawn = poisson_draw(self._size, self._sample_rate, generator)
+                drawn = poisson_draw(self._size, self._sample_rate, self._generator(step))
                 yield self._processes.share(drawn).tolist()
         finally:
             self._inside(False)

@@ -90,6 +90,11 @@ class AnalysisSettings:
             )
         return self.expected_batch_size / dataset_size
 
+    @property
+    def sensitivity(self) -> float:
+        """How far one example can move a release before its noise, in the L2 norm."""
+        return 2 * self.max_norm if self.probe == "training" else self.max_norm / self.expected_batch_size
+
     def event(self, dataset_size: int, analyses: int = 1) -> PrivacyEvent:
         """What ``analyses`` analyses spend: one subsampled Gaussian each, however many policies are probed."""
         return PrivacyEvent(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from dpquant.clipping import PrivateOptimizer
 from dpquant.distributed import Processes
@@ -93,9 +94,16 @@ class AccountedOptimizer(PrivateOptimizer):
             p.grad = total
 
 
-def arithmetic(device: torch.device, processes: int) -> str | None:
-    """What the order of additions depends on; None where it differs from run to run."""
-    if device.type != "cpu":
+def arithmetic(module: nn.Module, processes: int) -> str | None:
+    """What a step's bits depend on beside its data; None where they differ from run to run."""
+    if next(module.parameters()).device.type != "cpu" or any(map(_draws, module.modules())):
         return None
     threads, width = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, {width}, {threads} threads, {processes} processes"
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a forward takes random numbers from torch's global generator, which no checkpoint holds."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.RReLU) or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)

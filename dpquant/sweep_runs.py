@@ -90,6 +90,9 @@ def _trained(runs: Sequence[SweepRun], root: Path, jobs: int, backend: str, dead
     if not runs or (jobs == 1 and backend in ("loky", "threading")):
         yield from (result for run in runs if (result := run_result(run, root, deadline)) is not None)
         return
+    if backend == "threading" and any(run.config["training"]["device"] == "cuda" for run in runs):
+        hint = "--backend loky, the default, spreads processes over the GPUs"
+        raise InputError("--backend threading cannot train on a GPU: its precision is set per process", hint=hint)
     import joblib
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 

@@ -7,6 +7,7 @@ same bits as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import pickle
 import time
@@ -154,7 +155,8 @@ def train(training: Training, folder: RunFolder | None) -> Iterator[EpochRecord]
         InputError: a checkpoint or ledger that is damaged or of another run.
     """
     engine = training.engine
-    _restore(training, folder)
+    data = "" if folder is None else _digest(training.splits.train)
+    _restore(training, folder, data)
     module, optimizer, _, loader = training.parts
     for epoch in engine.epochs():
         started = time.perf_counter()
@@ -186,7 +188,7 @@ def train(training: Training, folder: RunFolder | None) -> Iterator[EpochRecord]
         )
         if folder is not None:
             folder.append(record)
-            _save(training, folder, epoch.index + 1)
+            _save(training, folder, epoch.index + 1, data)
         yield record
 
 
@@ -375,10 +377,24 @@ def _modelled(engine: DPQuantEngine, epoch: Epoch) -> dict[str, Any]:
     }
 
 
-def _restore(training: Training, folder: RunFolder | None) -> None:
+def _digest(data: TensorDataset) -> str:
+    """Of every bit of the examples: repeated on others, the same noise would show the difference."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in data.tensors:
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _restore(training: Training, folder: RunFolder | None, data: str) -> None:
     """Sets the run to where its folder says it stopped, and makes its ledger write-ahead from here on."""
     engine, device = training.engine, training.config["training"]["device"]
     state = folder.load_checkpoint(map_location=device) if folder is not None else None
+    if state is not None and folder is not None and state.get("data", data) != data:
+        raise InputError(
+            f"{folder.path}: the training data are not those that the run began with",
+            hint="go on with the same data, or start a new run: repeated steps have the noise that they had",
+        )
     state = engine.processes.broadcast(state, device)
     if state is not None:
         training.model.load_state_dict(state["model"])
@@ -396,11 +412,12 @@ def _restore(training: Training, folder: RunFolder | None) -> None:
     lines = engine.processes.broadcast(written.to_json_lines())
     engine.write_ahead(privacy.PrivacyLedger.from_json_lines(lines), append or (lambda event: None))
     if folder is not None:
-        _save(training, folder, engine.epoch)
+        _save(training, folder, engine.epoch, data)
 
 
-def _save(training: Training, folder: RunFolder, epochs_done: int) -> None:
+def _save(training: Training, folder: RunFolder, epochs_done: int, data: str) -> None:
     state = {
+        "data": data,
         "model": training.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "engine": training.engine.state(epochs_done),

@@ -64,6 +64,26 @@ def test_no_canary_moves_what_is_released_by_more_than_the_sensitivity(config, m
     assert movement <= 1 + 1e-5
 
 
+def test_no_canary_moves_an_analysis_that_trains_by_more_than_its_sensitivity(config):
+    """Its vector of loss differences is clipped as one, and no mean over the sample: one example may turn it round."""
+    trained = config().changed({("analysis", "probe"): "training", ("analysis", "probe_steps"): 2})
+    for canary in ("mislabelled", "outlier"):
+        subject = audit.pair(trained, "analysis", canary, examples=EXAMPLES, seed=0)
+        assert subject.smaller.engine.analysis.probe == "training"
+        _, movement = audit.direction(subject)
+        assert movement <= 1 + 1e-5
+    assert sensitivity.AnalysisSettings(probe="training", max_norm=0.1).sensitivity == 0.2
+    assert sensitivity.AnalysisSettings(max_norm=0.1, expected_batch_size=50).sensitivity == pytest.approx(0.002)
+
+
+def test_what_is_audited_is_the_configuration_given_and_not_its_file(config):
+    given = config().changed({("training", "max_grad_norm"): 0.123})
+    assert (
+        both(audit.pair(given, "training", "blank", examples=4, seed=0))[1].config["training"]["max_grad_norm"] == 0.123
+    )
+    assert config()["training"]["max_grad_norm"] == 1.0
+
+
 @pytest.mark.parametrize("mechanism", ["training", "analysis"])
 def test_a_sound_mechanism_passes_and_is_nearly_worth_its_claim(config, mechanism):
     subject = audit.worst_canary(config(), mechanism, examples=EXAMPLES, seed=0)

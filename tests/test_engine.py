@@ -469,3 +469,139 @@ def test_the_chips_own_accumulation_changes_the_bits_and_little_else() -> None:
 def test_a_chip_whose_addition_is_not_known_is_refused() -> None:
     with pytest.raises(InputError, match="accumulate='hardware': how mi355x adds is not publicly described"):
         engine(hardware="mi355x", accumulate="hardware")
+
+
+# --- a loop that was left, and noise that is never the same twice
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("clipping", ["bookkeeping", "hooks"])
+def test_a_batch_left_half_way_counts_none_of_its_examples_twice(clipping: str) -> None:
+    def total(dataset: TensorDataset, left: bool) -> tuple[Tensor, int]:
+        e, module = engine(scheduler="full"), network()
+        parts = private(
+            e, module, dataset, noise_multiplier=0.0, sample_rate=1.0, expected_batch_size=8, epochs=1,
+            max_physical_batch_size=3, clipping=clipping,
+        )  # fmt: skip
+        before = weights(module)
+        for again in range(1 + left):
+            for _ in e.epochs():
+                for part, (x, y) in enumerate(parts[3]):
+                    step(parts, x, y)
+                    if left and not again and part == 1:  # two parts of three
+                        break
+                if left and not again:
+                    break
+        return 8 * (before - weights(module)), e.ledger.steps("training")
+
+    whole = data(8)
+    fewer = TensorDataset(*(t[1:] for t in whole.tensors))
+    straight, interrupted = (total(whole, left) for left in (False, True))
+    assert straight[1] == interrupted[1] == 1
+    torch.testing.assert_close(interrupted[0], straight[0])
+    assert (interrupted[0] - total(fewer, True)[0]).norm() <= 1 + 1e-5
+
+
+def test_an_epoch_entered_again_is_not_analysed_again() -> None:
+    e = engine(scheduler="dpquant")
+    private(e, epochs=2)
+    first = next(e.epochs())
+    again = next(e.epochs())
+    assert first.analysed
+    assert not again.analysed
+    assert again.sensitivities == first.sensitivities
+    assert e.ledger.steps("analysis") == 1
+
+
+def noises(e: DPQuantEngine) -> list[Tensor]:
+    """The first numbers of every stream that a run draws noise or batches from."""
+    known = []
+    for epoch in range(3):
+        for purpose in ("noise", "sampling", "analysis-noise", "analysis-sampling"):
+            known.append(torch.randn(64, generator=e._stream(purpose, epoch)))
+    return known
+
+
+def test_the_draws_of_a_run_are_those_of_its_named_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step and every analysis has a stream of its own; no two are alike, seeded or secret."""
+    asked: list[tuple[str, int]] = []
+    named = DPQuantEngine._stream
+
+    def spied(self: DPQuantEngine, purpose: str, position: int, device: Any = "cpu") -> torch.Generator:
+        asked.append((purpose, position))
+        return named(self, purpose, position, device)
+
+    monkeypatch.setattr(DPQuantEngine, "_stream", spied)
+    e = engine(scheduler="dpquant", analysis=AnalysisSettings(estimator="probe", interval=1, expected_batch_size=16))
+    run(e, private(e, epochs=3))
+    steps = [(p, s) for s in range(e.step) for p in ("noise", "sampling")]
+    analyses = [(p, epoch) for epoch in range(3) for p in ("analysis-noise", "analysis-sampling")]
+    assert sorted(asked) == sorted(steps + analyses)
+    for seed in (0, None):
+        drawn = torch.stack(noises(engine(seed=seed)))
+        assert torch.corrcoef(drawn).triu(1).abs().max() < 0.7
+
+
+def test_steps_that_count_again_have_other_batches_and_other_noise() -> None:
+    first = engine()
+    private(first)
+    written = first.ledger.record(first._budget.training(2))  # two steps into the first epoch it was stopped
+    same, other = engine(), engine()
+    for e, state in ((same, first.state(0)), (other, first.state(0) | {"arithmetic": "another"})):
+        private(e)
+        e.load_state(state)
+        e.write_ahead(written, lambda event: None)
+    drawn, repeated, apart = map(noises, (first, same, other))
+    assert all(map(torch.equal, drawn, repeated))  # the same release, counted once
+    assert not any(map(torch.equal, drawn, apart))
+    once_more = engine()
+    private(once_more)
+    once_more.load_state(other.state(0))  # stopped once more, with the arithmetic of its checkpoint
+    once_more.write_ahead(other.ledger, lambda event: None)
+    assert all(map(torch.equal, apart, noises(once_more)))
+
+
+def test_a_state_brings_its_root_to_noise_and_batches_alike() -> None:
+    known, fresh = engine(seed=None), engine(seed=None)
+    for e in (known, fresh):
+        private(e)
+    before = [batch for batch, _ in private_batches(known)]
+    fresh.load_state(known.state(0))
+    after = [batch for batch, _ in private_batches(fresh)]
+    assert len(before) == len(after) > 1
+    assert all(map(torch.equal, before, after))
+
+
+def private_batches(e: DPQuantEngine) -> list[tuple[Tensor, Tensor]]:
+    return list(e._parts.loader)
+
+
+@pytest.mark.parametrize(
+    ("layer", "repeats"),
+    [(nn.Dropout(0.1), False), (nn.Dropout(0.0), True), (nn.RReLU(), False), (nn.ReLU(), True)],
+)
+def test_a_forward_that_draws_repeats_no_step_to_the_bit(layer: nn.Module, repeats: bool) -> None:
+    e = engine()
+    private(e, nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 4)))
+    assert (e._arithmetic() is not None) == repeats
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"target_delta": 0.0}, "target_delta=0.0"),
+        ({"target_delta": 2.0}, "target_delta=2.0"),
+        ({"max_physical_batch_size": 0}, "max_physical_batch_size=0"),
+        ({"expected_batch_size": 0}, "expected_batch_size=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_spent(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        private(engine(), **wrong)
+
+
+def test_a_declared_rate_keeps_the_number_of_examples_out_of_the_ledger() -> None:
+    e = engine(scheduler="dpquant")
+    private(e, dataset=data(60), sample_rate=0.25, expected_batch_size=None)  # of the loader's 16
+    assert e.dataset_size == 64
+    assert next(event for event in e.plan_ledger.events if event.mechanism == "analysis").sample_rate == 0.25

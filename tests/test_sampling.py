@@ -40,7 +40,13 @@ def make(
         expected_batch_size=1,
     )
     size = len(dataset)  # type: ignore[arg-type]
-    sampler = PoissonSampler(size=size, sample_rate=rate, root=root, steps=lambda: steps, inside=inside.append)
+    sampler = PoissonSampler(
+        size=size,
+        sample_rate=rate,
+        generator=lambda step: stream(root, "sampling", step),
+        steps=lambda: steps,
+        inside=inside.append,
+    )
     loader = private_loader(
         DataLoader(dataset, batch_size=4),
         sampler,

@@ -496,6 +496,13 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(
     assert [row["runs"] for row in data["rows"]] == [0, 1, 1]
 
 
+def test_threads_do_not_share_a_gpu(tmp_path: Path) -> None:
+    """Whether float32 products are exact is a setting of the whole process."""
+    sweep = load_sweep(spec(tmp_path, "seeds: [0, 1]\n"), {("training", "device"): "cuda"})
+    with pytest.raises(InputError, match="--backend threading cannot train on a GPU"):
+        sweep_runs.train_sweep(sweep, tmp_path / "out", jobs=2, backend="threading")
+
+
 @pytest.mark.parametrize(("jobs", "backend"), [(1, "loky"), (2, "threading")])
 def test_time_limit_stops_between_epochs_and_the_next_call_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, backend: str

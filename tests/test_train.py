@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from dpquant import ledger_file
 from dpquant.config import load_config
@@ -209,6 +210,24 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path, undisturbed: Path) -> N
     (folder.path / "checkpoint.pt").write_bytes((undisturbed / "checkpoint.pt").read_bytes())
     with folder, pytest.raises(InputError, match="another run"):
         list(train(training, folder))
+
+
+def test_other_data_are_refused(tmp_path: Path, undisturbed: Path) -> None:
+    """Steps that are taken again have their noise again: on other data it would show the difference."""
+    training, folder = start(tmp_path, "run")
+    with folder:
+        next(train(training, folder))
+    splits = training.splits
+    images, labels = (t.clone() for t in splits.train.tensors)
+    images[-1, 0, 0, 0] += 1e-6
+    for data, refused in ((splits.train, False), (TensorDataset(images, labels), True)):
+        training = prepare(training.config, splits=dataclasses.replace(splits, train=data))
+        with RunFolder.resume(tmp_path / "run") as folder:
+            if refused:
+                with pytest.raises(InputError, match="the training data are not those that the run began with"):
+                    next(train(training, folder))
+            else:
+                next(train(training, folder))
 
 
 def test_a_foreign_ledger_is_refused(tmp_path: Path, undisturbed: Path) -> None:
