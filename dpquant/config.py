@@ -33,7 +33,6 @@ _INDIFFERENT = (
     ("training", "keep_freed_memory"),
     ("data", "root"),
 )  # settings that change where and how fast a run trains, not what it trains
-_NAME = Text(required=False)
 
 SPECIFICATION = Fields(
     entries={

@@ -103,9 +103,10 @@ class ModelledRun:
     def meet(
         self, order: Sequence[str], target_speedup: float, *, steps: int, steps_done: int, seconds_done: float
     ) -> planner.PrecisionPlan:
-        """The plan of an epoch at whose end all steps so far meet the target speedup, and hardly exceed it.
+        """The plan of an epoch at whose end all steps so far meet the target speedup.
 
-        Layers are of finite size, so an epoch does more than the target; the next ones do less by as much.
+        Layers are of finite size, so an epoch does more than the target, by up to what its last layer saves; the next
+        ones do less by as much. A run of few epochs ends above its target by what the last one did more.
 
         Args:
             order: names of policies, as they were drawn.

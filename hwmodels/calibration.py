@@ -150,7 +150,6 @@ class GemmCalibration:
 
 _RANGE = Items(item=Number(minimum=1, integer=True), minimum=2)
 _KNOTS = Items(item=Number(minimum=1, integer=True), minimum=2)
-_FRACTION = Number(above=0.0, maximum=1.5)
 _SECONDS = Number(minimum=0.0, below=1e-3)
 _FITTED = Fields(
     doc="what was fitted on, and the error on the half of the shapes that the fit did not see",

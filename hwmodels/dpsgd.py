@@ -19,9 +19,6 @@ per-example gradients, and for ``ghost`` the materialised gradients that Opacus 
 
 from __future__ import annotations
 
-import math
-
-from emulation.errors import InputError
 from emulation.formats import get_format
 from hwmodels.profile import stored_bytes
 from hwmodels.step import CLIPPINGS as CLIPPINGS
@@ -274,24 +271,3 @@ def _optimizer(tally: Tally, index: int, layer: LayerWork, options: StepOptions)
     if options.eager and options.private:  # the sum is divided by the expected batch size
         moved += 2 * GRADIENT_BYTES
     tally.move(index, "optimizer_step", moved * layer.parameters, 1 + states if options.eager else 0)
-
-
-def poisson_tail(expected_batch_size: int, tail_probability: float = 1e-6) -> int:
-    """A batch size that a Poisson-sampled batch exceeds with at most ``tail_probability``.
-
-    Chernoff's bound for a sum of independent Bernoulli draws: exp(-B ((1 + d) ln(1 + d) - d)) at B (1 + d).
-    """
-    if not 0 < tail_probability < 1:
-        raise InputError(f"tail_probability={tail_probability} must be between 0 and 1")
-    low, high = 0.0, 1.0
-    needed = -math.log(tail_probability) / expected_batch_size
-
-    def exponent(excess: float) -> float:
-        return float((1 + excess) * math.log1p(excess) - excess)
-
-    while exponent(high) < needed:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if exponent(middle) < needed else (low, middle)
-    return math.ceil(expected_batch_size * (1 + high))

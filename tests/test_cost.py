@@ -15,7 +15,7 @@ from toy_chip import rate, toy_chip
 from dpquant.models import build_model, example_input
 from emulation.errors import InputError
 from hwmodels.cost import Estimate, StepModel, estimate
-from hwmodels.dpsgd import demand, poisson_tail
+from hwmodels.dpsgd import demand
 from hwmodels.gemm import gemm_rates, kernel_seconds
 from hwmodels.gemm_arrays import Products, products_seconds
 from hwmodels.memory import footprint, peak_memory_bytes
@@ -436,7 +436,6 @@ def test_no_energy_where_no_power_is_published() -> None:
         (lambda w: estimate(w, {}, TOY, baseline="float16"), "format='float16' has no rate on toy", None),
         (lambda w: StepModel(w, TOY, cliping="hooks"), "unknown option cliping='hooks'", "clipping"),
         (lambda w: estimate(w.at(0), {}, TOY), "batch_size=0", None),
-        (lambda w: poisson_tail(100, 0.0), "tail_probability=0.0", None),
     ],
 )
 def test_bad_input(call, message: str, hint: str | None) -> None:
@@ -444,17 +443,6 @@ def test_bad_input(call, message: str, hint: str | None) -> None:
         call(linear(4, 4, 4))
     assert message in str(caught.value)
     assert hint is None or hint in (caught.value.hint or "")
-
-
-@pytest.mark.parametrize("expected", [1, 10, 256, 5000])
-@pytest.mark.parametrize("tail", [0.5, 1e-3, 1e-6])
-def test_poisson_tail_is_a_bound_and_not_a_loose_one(expected: int, tail: float) -> None:
-    bound = poisson_tail(expected, tail)
-    beyond = sum(
-        math.exp(n * math.log(expected) - expected - math.lgamma(n + 1)) for n in range(bound + 1, bound + 4000)
-    )
-    assert beyond <= tail
-    assert bound <= expected + 4 * math.sqrt(expected * -math.log(tail)) + 4 * -math.log(tail)
 
 
 def test_casts_of_an_eager_framework_by_hand() -> None:
