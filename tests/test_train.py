@@ -122,6 +122,18 @@ def test_a_run_that_stops_inside_an_epoch_ends_the_same(tmp_path: Path, undistur
     assert same(state(folder.path), state(undisturbed))
 
 
+def test_a_run_without_a_seed_goes_on_from_its_secret_root(tmp_path: Path) -> None:
+    training, folder = start(tmp_path, "run", CONFIG.replace("seed: 3\n", "").replace("epochs: 4", "epochs: 2"))
+    with folder:
+        next(train(training, folder))
+        before = load_checkpoint(folder.checkpoint_path)
+    _finish(folder.path)
+    after = load_checkpoint(folder.checkpoint_path)
+    assert before["engine"]["root"] == after["engine"]["root"] > 1 << 128
+    assert [before["engine"]["epoch"], after["engine"]["epoch"]] == [1, 2]
+    assert not equal(before["model"], after["model"])
+
+
 def test_a_run_with_a_ladder_adamw_and_a_target_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """What else a checkpoint must hold: the optimizer's moments, averages of releases, and the modelled seconds."""
     text = (
