@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import results_page
-from evidence import choices, endings, findings, glance, plots, summary, sweep_tables, told
+from evidence import as_trained, choices, endings, findings, glance, plots, summary, sweep_tables, told
 from evidence.files import Evidence, load_all, whole
 
 from dpquant.statistics import sample
@@ -364,6 +364,36 @@ def test_what_hangs_on_the_budget_is_told() -> None:
         in summary.paragraphs(found)[1]
     )
     assert not told.by_budget({"fashion_time": invented("fashion_time", accuracy, 5)}, "full", "static")
+
+
+def test_fixed_choices_are_told_as_they_were_trained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their own arithmetic they do two points worse; `cooldown` is a point better than in full precision."""
+
+    def accuracy(run: Any) -> float:
+        return 0.8 + 0.01 * (run.settings["schedule.scheduler"] == "cooldown") + 1e-3 * (run.seed % 3)
+
+    evidence = invented("digits_main", accuracy, 5)
+    rows = [
+        {"sweep": "digits_main", "run": run.name, "digest": run.config.digest, "seed": run.seed}
+        | {"in_full_precision": accuracy(run), "as_trained": accuracy(run) - 0.02 - 1e-3 * (run.seed % 2)}
+        for run in evidence.sweep.runs
+        if run.settings["schedule.scheduler"] == "static" and run.settings["privacy.target_epsilon"] == 8.0
+    ]
+    stale = [row | {"digest": "another"} for row in rows if "fraction=0.5" in row["run"]]
+    other = [row for row in rows if "fraction=0.5" not in row["run"]]
+    monkeypatch.setattr(as_trained, "lines", lambda path: [*other, *stale])
+    found = {"digits_main": evidence}
+    assert [one.share for one in as_trained.tested(found)] == [0.75, 0.9]
+    (first, _), text = as_trained.tested(found), as_trained.sentence(found)
+    assert sample([b - a for a, b in zip(first.full.values(), first.own.values(), strict=True)]).mean == pytest.approx(
+        -0.0204, abs=1e-6
+    )
+    assert "do better than in full precision in 0 of 2 settings and worse in 2 (by -2.04 (" in text
+    assert "does better than these so tested in 2 of 2 settings (by +3.04 (" in text
+    table = as_trained.tested_table(found)
+    assert "| the digits' CNN | 75 % of the layers | 8 | 5 | 80.1 ± 0.1 | 78.0 ± 0." in table
+    assert table.count("| worse | +1.00 (+1.00 to +1.00) | +3.04 (") == 2
+    assert as_trained.tested_table({}) == as_trained.sentence({}) == ""
 
 
 def test_device_hours_count_time_shared_once() -> None:
