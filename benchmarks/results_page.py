@@ -36,15 +36,15 @@ PAGE = ROOT / "docs" / "results.md"
 PLOTS = ROOT / "docs" / "results"
 INTRODUCTION = """What was trained to find out whether scheduling saves accuracy under FP4, where, and what it buys on
 real chips. `python benchmarks/results_page.py` writes this page from the files under `benchmarks/results` (one line a
-run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the last
-epoch, in percent, in full precision, however the network was trained (so what ends in full precision also ends in the
-arithmetic of the test); a point is one percent of the test data. Modelled time is that of a B200 by its published peak
-rates, LUQ-FP4, which no chip has, timed as its FP4. Epsilon is the privacy budget: the smaller, the stricter.
-LUQ-FP4, the paper's format, has four bits. Differences are paired: the same seed with and without; `(a to b)` is their
-95 % interval by Student's t over the seeds (not over test images: the digits have 297, each a third of a point), and
-where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance; hence counts of comparisons are told
-with Holm's correction for their number too. A comparison is one of two schedulers over the settings of one sweep, and
-several sweeps are of one network. CIFAR-10 is its JPEG copy."""
+run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the
+last epoch, in percent, in full precision, however the network was trained (tested as they were trained, networks do
+no better: [below](#schedulers-against-each-other)); a point is one percent of the test data. Modelled time is that of
+a B200 by its published peak rates, LUQ-FP4, which no chip has, timed as its FP4. Epsilon is the privacy budget: the
+smaller, the stricter. LUQ-FP4, the paper's format, has four bits. Differences are paired: the same seed with and
+without; `(a to b)` is their 95 % interval by Student's t over the seeds (not over test images: the digits have 297,
+each a third of a point), and where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance;
+hence counts of comparisons are told with Holm's correction for their number too. A comparison is one of two
+schedulers over the settings of one sweep, and several sweeps are of one network. CIFAR-10 is its JPEG copy."""
 VARIANCE = (
     """`python benchmarks/variance.py --out benchmarks/results/variance.jsonl`: Fashion-MNIST's CNN, five seeds, three
     ways of training with one learning rate and, where there is noise, the same noise. Mean ± sd over seeds, then the
