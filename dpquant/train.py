@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -248,6 +248,9 @@ def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
         if splits.vocabulary is not None:
             known["vocabulary"] = splits.vocabulary
         options = {key: value for key, value in known.items() if key in takes} | options
+        classes = options.get("num_classes")
+        if isinstance(classes, int) and classes < splits.classes:
+            raise InputError(f"num_classes={classes} is below the {splits.classes} of the data", hint="leave it out")
         if "vocabulary" in takes:
             _check_tokens(splits, options.get("vocabulary", takes["vocabulary"].default))
         torch.manual_seed(stream_seed(root, "initialisation"))
@@ -386,15 +389,28 @@ def _digest(data: TensorDataset) -> str:
     return digest.hexdigest()
 
 
+def _check_resumed(folder: RunFolder, state: Mapping[str, Any] | None, now: Mapping[str, str]) -> None:
+    """Refuses a folder that lacks what says how much was spent, and a run that would not be the one that it holds."""
+    missing = "checkpoint.pt" if state is None else "ledger.jsonl"
+    held = [folder.ledger_path.exists(), bool(folder.records()), state is not None]
+    begun = bool(ledger_file.read_ledger(folder.ledger_path, folder.run_id).events) if held[0] else any(held)
+    if begun and not (held[0] and held[2]):
+        raise InputError(
+            f"{folder.path} has no {missing}, and without it nobody knows which noise was spent",
+            hint="put it back, or start a new run in another folder",
+        )
+    hint = "go on with the same, or start a new run: repeated steps have the noise that they had"
+    for key, said in (("data", "the training data are not those"), ("config", "config.yaml is not the one")):
+        if state is not None and state.get(key, now[key]) != now[key]:
+            raise InputError(f"{folder.path}: {said} that the run began with", hint=hint)
+
+
 def _restore(training: Training, folder: RunFolder | None, data: str) -> None:
     """Sets the run to where its folder says it stopped, and makes its ledger write-ahead from here on."""
     engine, device = training.engine, training.config["training"]["device"]
     state = folder.load_checkpoint(map_location=device) if folder is not None else None
-    if state is not None and folder is not None and state.get("data", data) != data:
-        raise InputError(
-            f"{folder.path}: the training data are not those that the run began with",
-            hint="go on with the same data, or start a new run: repeated steps have the noise that they had",
-        )
+    if folder is not None:
+        _check_resumed(folder, state, {"data": data, "config": training.config.digest})
     state = engine.processes.broadcast(state, device)
     if state is not None:
         training.model.load_state_dict(state["model"])
@@ -418,6 +434,7 @@ def _restore(training: Training, folder: RunFolder | None, data: str) -> None:
 def _save(training: Training, folder: RunFolder, epochs_done: int, data: str) -> None:
     state = {
         "data": data,
+        "config": training.config.digest,
         "model": training.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "engine": training.engine.state(epochs_done),

@@ -205,6 +205,7 @@ def test_evaluation_is_in_full_precision(tmp_path: Path) -> None:
         ("format: luq_fp4", "format: luq_fp5", "luq_fp5", 4),
         ("fraction: 0.5", "target_speedup: 9.0", "target speedup 9.0x is out of reach on b200", 5),
         ("target_epsilon: 8.0", "target_epsilon: 0.0001", "target_epsilon", 7),
+        ("name: digits_cnn", "name: digits_cnn, options: {num_classes: 5}", "num_classes=5 is below the 10", 1),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_written(
@@ -240,6 +241,29 @@ def test_other_data_are_refused(tmp_path: Path, undisturbed: Path) -> None:
                     next(train(training, folder))
             else:
                 next(train(training, folder))
+
+
+@pytest.mark.parametrize("lost", [["checkpoint.pt"], ["ledger.jsonl"], ["checkpoint.pt", "ledger.jsonl"]])
+def test_a_folder_that_lost_what_was_spent_is_refused_and_left_alone(tmp_path: Path, lost: list[str]) -> None:
+    training, folder = start(tmp_path, "run", CONFIG.replace("seed: 3\n", ""))
+    with folder:
+        next(train(training, folder))
+    for name in lost:
+        (folder.path / name).unlink()
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    for _ in range(2):
+        with RunFolder.resume(folder.path) as again, pytest.raises(InputError, match=f"has no {lost[0]}"):
+            next(train(training, again))
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_an_edited_configuration_is_refused(tmp_path: Path) -> None:
+    training, folder = start(tmp_path, "run")
+    with folder:
+        next(train(training, folder))
+    other = prepare(training.config.changed({("training", "max_grad_norm"): 9.0}))
+    with RunFolder.resume(folder.path) as again, pytest.raises(InputError, match="is not the one that the run began with"):
+        next(train(other, again))
 
 
 def test_a_foreign_ledger_is_refused(tmp_path: Path, undisturbed: Path) -> None:
