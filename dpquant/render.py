@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -61,7 +62,12 @@ class Output:
         """A rich console; 80 columns where the output is no terminal, colour only on one (and not under NO_COLOR)."""
         from rich.console import Console
 
-        return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+        width = (
+            shutil.get_terminal_size().columns if os.environ.get("COLUMNS") == "0" else None
+        )  # rich would show nothing
+        console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+        console.on_broken_pipe = _reader_gone  # type: ignore[method-assign]  # rich would end with 1
+        return console
 
     def say(self, text: str) -> None:
         """One line of talk; a terminal shows it with whole words."""
@@ -96,6 +102,10 @@ class Output:
             self.say(text)
         else:
             self.show(text)
+
+
+def _reader_gone() -> NoReturn:
+    raise BrokenPipeError
 
 
 def drawn(table: Table, width: int = 80) -> RenderableType:

@@ -27,6 +27,7 @@ from typing import IO, Any, TypeVar, get_args, get_type_hints
 from emulation.errors import InputError, regular_file, suggestion
 from hwmodels.strict_yaml import dump_yaml, load_yaml
 
+RUN_FILES = ("config.yaml", "run.json", "records.jsonl", "ledger.jsonl", "checkpoint.pt", "lock")
 _CHECKPOINT_MAGIC = b"dpquant-checkpoint-1"
 _DEPENDENCIES = ("dpquant", "torch", "opacus", "qtorch", "numpy", "pyyaml", "rich")
 _NONFINITE = ("inf", "-inf", "nan")
@@ -268,6 +269,18 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_target(path: Path) -> None:
+    """Refuses to write a file where something is that must not be replaced.
+
+    Raises:
+        InputError: a folder, a device, or what a run folder holds.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"'{path}' is no regular file", hint="give a file's name")
+    if path.name in RUN_FILES and (path.parent / "run.json").exists():
+        raise InputError(f"'{path}' belongs to a run", hint="give another name")
 
 
 def load_run(path: str | Path) -> Run:

@@ -61,6 +61,8 @@ def train_sweep(
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make folder '{root}': {error.strerror}") from error
+    if (root / "run.json").exists():
+        raise InputError(f"'{root}' is the folder of a run", hint="give another with --out")
     with take_lock(root):
         root = root.absolute()  # a cluster's workers stand elsewhere
         path = root / RESULTS

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from dpquant import cli
 from dpquant.cli import main
+from dpquant.commands import train as train_command
 from dpquant.config import shipped_configs
 from dpquant.rundir import load_run
 from emulation.errors import InputError
@@ -196,6 +198,35 @@ def test_exit_codes(capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Bas
 
     monkeypatch.setattr("dpquant.commands.formats.run", ends)
     assert main(["formats"]) == code
+
+
+def test_a_reader_that_has_gone_is_no_failure_and_no_columns_are_eighty() -> None:
+    """`dpquant formats | true`: rich would end with 1; and with COLUMNS=0 it would print nothing."""
+    command = [sys.executable, "-m", "dpquant", "hardware", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # long before there is anything to write
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "0"}, capture_output=True, text=True, check=True)
+    assert "b200" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "records.jsonl", "run.json"])
+def test_a_report_replaces_nothing_of_a_run_and_no_device(capsys: Capture, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / name).write_text("{}")
+    assert main(["report", str(tmp_path), "--html", str(tmp_path / name)]) == 2
+    assert "belongs to a run" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "{}"
+    for other in (Path(os.devnull), tmp_path):
+        assert main(["report", str(tmp_path), "--html", str(other)]) == 2
+        assert "is no regular file" in capsys.readouterr().err
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_name_leads_out_of_no_folder() -> None:
+    assert train_command._fresh_folder("../../etc/x").parent == Path("runs")
 
 
 WORDS = [

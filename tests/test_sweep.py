@@ -496,6 +496,13 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(
     assert [row["runs"] for row in data["rows"]] == [0, 1, 1]
 
 
+def test_a_sweep_does_not_mix_with_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="is the folder of a run"):
+        sweep_runs.train_sweep(load_sweep(spec(tmp_path, "seeds: [0, 1]\n")), tmp_path)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
 def test_threads_do_not_share_a_gpu(tmp_path: Path) -> None:
     """Whether float32 products are exact is a setting of the whole process."""
     sweep = load_sweep(spec(tmp_path, "seeds: [0, 1]\n"), {("training", "device"): "cuda"})

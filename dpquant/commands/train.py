@@ -180,7 +180,7 @@ def _configuration(path: str, given: dict[str, Any]) -> RunConfig:
 
 
 def _fresh_folder(name: str) -> Path:
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = Path("runs") / f"{name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     return next(p for i in range(1000) if not (p := stem.with_name(stem.name + (f"-{i}" if i else ""))).exists())
 
 
