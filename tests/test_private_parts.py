@@ -14,13 +14,14 @@ from dpquant.distributed import ALONE
 from dpquant.private_parts import PrivateParts, check_parameters, private_parts
 from dpquant.public_numbers import PublicNumbers
 from dpquant.sensitivity import AnalysisSettings
+from dpquant.streams import stream
 from emulation.errors import InputError
 from emulation.layers import quantize_model
 
 X, Y = torch.randn(60, 5, generator=torch.Generator().manual_seed(2)), torch.arange(60) % 3
 
 
-def parts(seen: list[Any] | None = None, **changes: Any) -> PrivateParts:
+def parts(seen: list[Any] | None = None, root: int = 7, **changes: Any) -> PrivateParts:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = quantize_model(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
@@ -35,7 +36,7 @@ def parts(seen: list[Any] | None = None, **changes: Any) -> PrivateParts:
         "budget": planned_budget(
             numbers, analysis, 0, noise_multiplier=0.0, target_epsilon=None, target_delta=1e-3, accountant="rdp"
         ),
-        "root": 7,
+        "sampling": lambda step: stream(root, "sampling", step),
         "steps": lambda: range(4),
         "inside": seen.append,
         "max_grad_norm": 0.5,
