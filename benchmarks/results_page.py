@@ -37,14 +37,14 @@ PLOTS = ROOT / "docs" / "results"
 INTRODUCTION = """What was trained to find out whether scheduling saves accuracy under FP4, where, and what it buys on
 real chips. `python benchmarks/results_page.py` writes this page from the files under `benchmarks/results` (one line a
 run; a run is a configuration and a seed), and a test holds it to them. Accuracy is that of the test data after the
-last epoch, in percent, in full precision, however the network was trained (tested as they were trained, networks do
-no better: [below](#schedulers-against-each-other)); a point is one percent of the test data. Modelled time is that of
-a B200 by its published peak rates, LUQ-FP4, which no chip has, timed as its FP4. Epsilon is the privacy budget: the
-smaller, the stricter. LUQ-FP4, the paper's format, has four bits. Differences are paired: the same seed with and
-without; `(a to b)` is their 95 % interval by Student's t over the seeds (not over test images: the digits have 297,
-each a third of a point), and where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance;
-hence counts of comparisons are told with Holm's correction for their number too. A comparison is one of two
-schedulers over the settings of one sweep, and several sweeps are of one network. CIFAR-10 is its JPEG copy."""
+last epoch, in percent, in full precision, however the network was trained (whether that decides is told
+[below](#schedulers-against-each-other)); a point is one percent of the test data. Modelled time is that of a B200 by
+its published peak rates, LUQ-FP4, which no chip has, timed as its FP4. Epsilon is the privacy budget: the smaller,
+the stricter. LUQ-FP4, the paper's format, has four bits. Differences are paired: the same seed with and without; `(a
+to b)` is their 95 % interval by Student's t over the seeds (not over test images: the digits have 297, each a third
+of a point), and where it holds 0 nothing is claimed. Of twenty such intervals one misses by chance; hence counts of
+comparisons are told with Holm's correction for their number too. A comparison is one of two schedulers over the
+settings of one sweep, and several sweeps are of one network. CIFAR-10 is its JPEG copy."""
 VARIANCE = (
     """`python benchmarks/variance.py --out benchmarks/results/variance.jsonl`: Fashion-MNIST's CNN, five seeds, three
     ways of training with one learning rate and, where there is noise, the same noise. Mean ± sd over seeds, then the
@@ -362,11 +362,9 @@ def hours(found: Mapping[str, Evidence]) -> str:
         f"{sum(r.wall_s or 0.0 for r in results if r.device == device) / 3600:.1f} on {device}"
         for device in sorted({r.device for r in results if r.device})
     ]
-    note = (
-        f"{len(results)} runs, run-hours: {', '.join(totals)}. Runs share a device or several of a kind, so run-hours "
-    )
-    note += "add up to more than the last column, the hours in which any run of the sweep was under way; `-`: not "
-    note += "recorded."
+    note = f"""{len(results)} runs, run-hours: {", ".join(totals)}. Runs share a device or several of a kind, so
+    run-hours add up to more than the last column, the hours in which any run of the sweep was under way; `-`: not
+    recorded."""
     return prose(note) + "\n\n" + table(["sweep", "device", "runs", "run-hours", "hours"], rows, range(2, 5))
 
 

@@ -79,6 +79,7 @@ def planned_budget(
     """
     if (target_epsilon is None) == (noise_multiplier is None):
         raise InputError("give one of target_epsilon and noise_multiplier")
+    privacy.check_delta("target_delta", target_delta)
     event = analysis.event(numbers.dataset_size, analyses) if analyses else None
     if noise_multiplier is None:
         assert target_epsilon is not None

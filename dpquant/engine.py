@@ -158,8 +158,6 @@ class DPQuantEngine:
         """
         if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise InputError(f"max_grad_norm={max_grad_norm} must be above 0")
-        if not 0 < target_delta < 1:
-            raise InputError(f"target_delta={target_delta} must be above 0 and below 1", hint="below 1 / examples")
         if max_physical_batch_size is not None and max_physical_batch_size < 1:
             raise InputError(f"max_physical_batch_size={max_physical_batch_size} must be at least 1")
         check_parameters(module)

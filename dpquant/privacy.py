@@ -142,7 +142,7 @@ def epsilon(ledger: PrivacyLedger, delta: float, accountant: Accountant = "prv")
     Raises:
         InputError: ``delta`` out of range or an unknown accountant.
     """
-    _check_delta("delta", delta)
+    check_delta("delta", delta)
     _check_accountant(accountant)
     return _composed_epsilon(_merged(ledger.events), float(delta), accountant)
 
@@ -173,7 +173,7 @@ def calibrate_noise(
         InputError: a value out of range, or a target that no noise meets: the hint says what would fit.
     """
     _check_epsilon(target_epsilon)
-    _check_delta("target_delta", target_delta)
+    check_delta("target_delta", target_delta)
     _check_accountant(accountant)
     training = PrivacyEvent(mechanism="training", noise_multiplier=1.0, sample_rate=sample_rate, steps=steps)
 
@@ -422,7 +422,12 @@ def _check_epsilon(value: float) -> None:
         raise InputError(f"target_epsilon={value!r} is out of range", hint="a finite number above 0, usually 1 to 10")
 
 
-def _check_delta(name: str, value: float) -> None:
+def check_delta(name: str, value: float) -> None:
+    """Refuses what is no delta.
+
+    Raises:
+        InputError: not a number between 0 and 1.
+    """
     if not _is_number(value) or not 0 < value < 1:
         raise InputError(
             f"{name}={value!r} is out of range", hint="between 0 and 1, and well below 1 / number of examples"

@@ -271,7 +271,7 @@ class RunFolder:
         self.close()
 
 
-def check_target(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Refuses to write a file where something is that must not be replaced.
 
     Raises:

@@ -389,42 +389,51 @@ def _digest(data: TensorDataset) -> str:
     return digest.hexdigest()
 
 
-def _check_resumed(folder: RunFolder, state: Mapping[str, Any] | None, now: Mapping[str, str]) -> None:
-    """Refuses a folder that lacks what says how much was spent, and a run that would not be the one that it holds."""
-    missing = "checkpoint.pt" if state is None else "ledger.jsonl"
-    held = [folder.ledger_path.exists(), bool(folder.records()), state is not None]
-    begun = bool(ledger_file.read_ledger(folder.ledger_path, folder.run_id).events) if held[0] else any(held)
-    if begun and not (held[0] and held[2]):
+def _ledger_of(folder: RunFolder, state: Mapping[str, Any] | None, now: Mapping[str, str]) -> privacy.PrivacyLedger:
+    """What a folder's ledger holds, a new one's nothing.
+
+    Args:
+        folder: new, or of a run that was stopped.
+        state: its checkpoint.
+        now: what must be as it was when the run began, by its key in the checkpoint.
+
+    Raises:
+        InputError: something was spent, and the ledger or the checkpoint is missing; or the run would be another one.
+    """
+    path = folder.ledger_path
+    held = ledger_file.read_ledger(path, folder.run_id) if path.exists() else None
+    begun = bool(held.events) if held is not None else state is not None or bool(folder.records())
+    if begun and (state is None or held is None):
+        missing = folder.checkpoint_path if state is None else path
         raise InputError(
-            f"{folder.path} has no {missing}, and without it nobody knows which noise was spent",
+            f"{folder.path} has no {missing.name}, and without it nobody knows which noise was spent",
             hint="put it back, or start a new run in another folder",
         )
     hint = "go on with the same, or start a new run: repeated steps have the noise that they had"
     for key, said in (("data", "the training data are not those"), ("config", "config.yaml is not the one")):
         if state is not None and state.get(key, now[key]) != now[key]:
             raise InputError(f"{folder.path}: {said} that the run began with", hint=hint)
+    if held is None:
+        ledger_file.create_ledger(path, folder.run_id)
+    return privacy.PrivacyLedger() if held is None else held
 
 
 def _restore(training: Training, folder: RunFolder | None, data: str) -> None:
     """Sets the run to where its folder says it stopped, and makes its ledger write-ahead from here on."""
     engine, device = training.engine, training.config["training"]["device"]
     state = folder.load_checkpoint(map_location=device) if folder is not None else None
+    written = privacy.PrivacyLedger()
     if folder is not None:
-        _check_resumed(folder, state, {"data": data, "config": training.config.digest})
+        written = _ledger_of(folder, state, {"data": data, "config": training.config.digest})
     state = engine.processes.broadcast(state, device)
     if state is not None:
         training.model.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         engine.load_state(state["engine"])
-    written = privacy.PrivacyLedger()
     append = None
     if folder is not None:
-        ledger_path = folder.ledger_path
         folder.keep_records(engine.epoch)
-        if not ledger_path.exists():
-            ledger_file.create_ledger(ledger_path, folder.run_id)
-        written = ledger_file.read_ledger(ledger_path, folder.run_id)
-        append = partial(ledger_file.append_event, ledger_path)
+        append = partial(ledger_file.append_event, folder.ledger_path)
     lines = engine.processes.broadcast(written.to_json_lines())
     engine.write_ahead(privacy.PrivacyLedger.from_json_lines(lines), append or (lambda event: None))
     if folder is not None:

@@ -67,28 +67,32 @@ def _growth(found: Mapping[str, Evidence]) -> Iterator[Row]:
     for estimator, by in ESTIMATORS.items():
         grown: Told = []
         parts = []
-        for name, subject in SUBJECTS.items():
-            evidence = found.get(name)
-            if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
-                continue
-            gains: dict[float, Accuracies] = {}
-            for share in sorted({p["schedule.fraction"] for p in evidence.points(scheduler="dpquant")}):
-                there = {rest(p): p for p in schedules(evidence, "pls", {"fraction": share})}
-                here = {rest(p): p for p in schedules(evidence, "dpquant", {"fraction": share}, estimator=estimator)}
-                pairs = [(here[key], there[key]) for key in here.keys() & there.keys()]
-                own = differences(evidence, pairs) if pairs else {}
-                if len(own) >= SEEDS:
-                    gains[share] = own
-            if len(gains) > 1:
-                least, *_, most = gains.values()
-                grown.append((subject, paired(most, least)))
-                told = ", ".join(
-                    f"{difference(sample([*own.values()]))} at {100 * s:.0f} %" for s, own in gains.items()
-                )
-                parts.append(f"{subject}: {told}; the last less the first {difference(grown[-1][1])}.")
+        for subject, gains in _gains_by_share(found, estimator):
+            least, *_, most = gains.values()
+            grown.append((subject, paired(most, least)))
+            told = ", ".join(f"{difference(sample([*own.values()]))} at {100 * s:.0f} %" for s, own in gains.items())
+            parts.append(f"{subject}: {told}; the last less the first {difference(grown[-1][1])}.")
         if parts:
             said = f"Its gain on `pls`, {by.rstrip(',')}, grows with the share of the layers that is quantized."
             yield said, " ".join(parts), _verdict(grown)
+
+
+def _gains_by_share(found: Mapping[str, Evidence], estimator: str) -> Iterator[tuple[str, dict[float, Accuracies]]]:
+    """Every network that was trained with several shares of its layers, and what dpquant gains at each."""
+    for name, subject in SUBJECTS.items():
+        evidence = found.get(name)
+        if evidence is None or "schedule.fraction" not in evidence.sweep.keys:
+            continue
+        gains = {}
+        for share in sorted({p["schedule.fraction"] for p in evidence.points(scheduler="dpquant")}):
+            there = {rest(p): p for p in schedules(evidence, "pls", {"fraction": share})}
+            here = {rest(p): p for p in schedules(evidence, "dpquant", {"fraction": share}, estimator=estimator)}
+            pairs = [(here[key], there[key]) for key in here.keys() & there.keys()]
+            own = differences(evidence, pairs) if pairs else {}
+            if len(own) >= SEEDS:
+                gains[share] = own
+        if len(gains) > 1:
+            yield subject, gains
 
 
 def _private(found: Mapping[str, Evidence]) -> Iterator[Row]:

@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the command; returns its exit code."""
     from dpquant import report
-    from dpquant.rundir import check_target, load_run, write_atomic
+    from dpquant.rundir import check_replaceable, load_run, write_atomic
 
     if not args.runs:
         raise InputError("no run given", hint="dpquant report RUN: a folder that `dpquant train` wrote")
     for file in filter(None, (args.png, args.html)):
-        check_target(Path(file))
+        check_replaceable(Path(file))
     runs = [load_run(path) for path in args.runs]
     files: dict[str, bytes] = {}
     if args.png is not None:
