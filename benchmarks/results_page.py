@@ -73,7 +73,8 @@ PROBES = """What the private probe takes of the budget: the noise multiplier of 
 dpquant's accuracy with the probe less with the free estimate, averaged over a sweep's other settings."""
 TESTED = """Whether the arithmetic of the test decides, by `python benchmarks/tested.py SWEEP --out FILE`: the fixed
 choices of a sweep trained again, and tested in full precision and with their layers' weights and inputs quantized as in
-training; `cooldown` with as many layers, which ends in full precision, beside both."""
+training; `cooldown` with as many layers or, on fresh seeds, of the same modelled time, which ends in full precision,
+beside both."""
 OPERANDS = """And in accuracy, all layers quantized, by `python benchmarks/operands.py TASK --out FILE`: points lost
 against full precision with only some operands quantized; last, what one scale per tensor would change beside a scale
 per example. Scales per tensor mix the examples of a batch, so that clipping bounds nothing: not to be used."""

@@ -185,9 +185,13 @@ class GraphedBackward:
             return result
         if batch.graph is None:
             graph = torch.cuda.CUDAGraph()
-            # other threads may go on meanwhile: NCCL's asks for events, a loader's pins memory
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                batch.result = self._work(batch)
+            try:
+                # other threads may go on meanwhile: NCCL's asks for events, a loader's pins memory
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    batch.result = self._work(batch)
+            except RuntimeError:
+                _free_generator(self._optimizer.params[0].device)
+                raise
             batch.graph = graph
         batch.graph.replay()
         assert batch.result is not None
@@ -232,6 +236,16 @@ class GraphedBackward:
 def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
     """The stream that ``thread`` captures on: cuBLAS keeps workspaces for every stream until the process ends."""
     return torch.cuda.Stream(device)
+
+
+def _free_generator(device: torch.device) -> None:
+    """Has the default generator, dropout's, draw on after a capture that failed.
+
+    torch 2.11 leaves its state marked as being captured, which refuses every draw; a copy of the state is not.
+    """
+    generator, copy = torch.cuda.default_generators[device.index], torch.Generator(device)
+    copy.set_state(generator.get_state())
+    generator.graphsafe_set_state(copy)
 
 
 def _forget_gradients(params: list[nn.Parameter]) -> None:

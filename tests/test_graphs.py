@@ -231,10 +231,15 @@ def test_what_cannot_be_captured_runs_as_usual_and_says_so(caplog: pytest.LogCap
     criterion = private_criterion(nn.CrossEntropyLoss())
     graphed = GraphedBackward(module, criterion, optimizer, 16)
     x, y = torch.randn(16, 4, device="cuda"), torch.randint(CLASSES, (16,), device="cuda")
+    torch.cuda.manual_seed(3)
+    first, second = torch.rand(8, device="cuda"), torch.rand(8, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(torch.rand(8, device="cuda"), first)
     with caplog.at_level(logging.WARNING, "dpquant"):
         for _ in range(3):
             optimizer.zero_grad()
             graphed(x, y)
             optimizer.step()
     assert "without CUDA graphs" in caplog.text
+    assert torch.equal(torch.rand(8, device="cuda"), second)  # the failed capture has let go of dropout's generator
     assert all(torch.isfinite(p).all() for p in module.parameters())

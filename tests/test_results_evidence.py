@@ -383,7 +383,7 @@ def test_fixed_choices_are_told_as_they_were_trained_too(monkeypatch: pytest.Mon
     other = [row for row in rows if "fraction=0.5" not in row["run"]]
     monkeypatch.setattr(as_trained, "lines", lambda path: [*other, *stale])
     found = {"digits_main": evidence}
-    assert [one.share for one in as_trained.tested(found)] == [0.75, 0.9]
+    assert [one.choice for one in as_trained.tested(found)] == ["75 % of the layers", "90 % of the layers"]
     (first, _), text = as_trained.tested(found), as_trained.sentence(found)
     assert sample([b - a for a, b in zip(first.full.values(), first.own.values(), strict=True)]).mean == pytest.approx(
         -0.0204, abs=1e-6
@@ -394,6 +394,33 @@ def test_fixed_choices_are_told_as_they_were_trained_too(monkeypatch: pytest.Mon
     assert "| the digits' CNN | 75 % of the layers | 8 | 5 | 80.1 ± 0.1 | 78.0 ± 0." in table
     assert table.count("| worse | +1.00 (+1.00 to +1.00) | +3.04 (") == 2
     assert as_trained.tested_table({}) == as_trained.sentence({}) == ""
+    assert not as_trained.beside_fresh(found)
+
+
+def test_choices_of_fresh_seeds_are_told_as_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that were planned after others had been looked at are told of alone."""
+
+    def accuracy(run: Any) -> float:
+        late = run.seed >= choices.LATER["digits_epsilon1_fresh"]
+        gain = (0.01 if late else 0.05) * (run.settings["schedule.scheduler"] == "cooldown")
+        return 0.8 + gain + 1e-3 * (run.seed % 3)
+
+    evidence = invented("digits_epsilon1_fresh", accuracy, 40, speedup_peak=1.2)
+    rows = [
+        {"sweep": "digits_epsilon1_fresh", "run": run.name, "digest": run.config.digest, "seed": run.seed}
+        | {"in_full_precision": accuracy(run), "as_trained": accuracy(run) - 0.02 - 1e-3 * (run.seed % 2)}
+        for run in evidence.sweep.runs
+        if run.settings["schedule.scheduler"] == "static"
+    ]
+    monkeypatch.setattr(as_trained, "lines", lambda path: rows)
+    found = {"digits_epsilon1_fresh": evidence}
+    one, *_ = known = list(as_trained.tested(found))
+    assert all(one.fresh for one in known)
+    assert (one.epsilon, one.subject) == (1.0, "the digits' CNN at epsilon 1 on fresh seeds")
+    assert min(one.own) == choices.LATER["digits_epsilon1_fresh"]
+    values = as_trained.beside_fresh(found)
+    assert values
+    assert all(value.mean == pytest.approx(0.0305, abs=1e-6) for _, value in values)
 
 
 def test_device_hours_count_time_shared_once() -> None:

@@ -7,27 +7,30 @@ from dataclasses import dataclass
 
 from dpquant.statistics import paired, sample
 
-from .files import RESULTS, SEEDS, Accuracies, Evidence, lines
+from .choices import LATER, every_choice, folded, known_choices
+from .files import RESULTS, SEEDS, Accuracies, Evidence, Settings, lines
 from .glance import SUBJECTS, rest, schedules
 from .markdown import difference, mean, table, verdict
-from .told import Told, by, shown
+from .told import Told, by, firm, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """One fixed choice of layers, drawn anew for every seed.
+    """One fixed choice of layers: a random one, drawn anew for every seed, or layers by name.
 
     Attributes:
         subject: network and data.
-        share: of the layers that are quantized.
+        choice: which layers are quantized.
+        fresh: whether it is one of a sweep of fresh seeds, held against a schedule of its modelled time.
         epsilon: the budget.
         full: seed -> accuracy in full precision.
         own: seed -> accuracy with the layers quantized as in training.
-        cooldown: seed -> accuracy of that schedule with as many layers, which ends in full precision.
+        cooldown: seed -> accuracy of that schedule with as many layers, or of the same modelled time.
     """
 
     subject: str
-    share: float
+    choice: str
+    fresh: bool
     epsilon: float
     full: Accuracies
     own: Accuracies
@@ -35,24 +38,41 @@ class Tested:
 
 
 def tested(found: Mapping[str, Evidence]) -> Iterator[Tested]:
-    """Every sweep, budget and share of the layers that was tested so, of runs that are still the sweep's."""
+    """Every fixed choice that was tested so, on seeds that no look at the others decided and runs that are current."""
     rows = {(row["sweep"], row["run"], row["digest"]): row for row in lines(RESULTS / "tested.jsonl")}
     for name in dict.fromkeys(sweep for sweep, *_ in rows):
         if (evidence := found.get(name)) is None:
             continue
-        cooled = {rest(point): point for point in schedules(evidence, "cooldown", {})}
+        partners = _partners(found, name)
+        unvaried = evidence.sweep.runs[0].config["privacy"]["target_epsilon"]
         for point in schedules(evidence, "static", {}):
             known = [rows.get((name, r.name, r.digest)) for r in evidence.finished(point)]
-            own = [row for row in known if row is not None]
+            own = [row for row in known if row is not None and row["seed"] >= LATER.get(name, 0)]
+            partner, layers = partners.get(rest(point)), point.get("schedule.layers")
             if len(own) >= SEEDS:
                 yield Tested(
                     subject=SUBJECTS[name],
-                    share=point["schedule.fraction"],
-                    epsilon=point["privacy.target_epsilon"],
+                    choice=folded(layers) if layers else f"{100 * point['schedule.fraction']:g} % of the layers",
+                    fresh=layers is not None,
+                    epsilon=point.get("privacy.target_epsilon", unvaried),
                     full={row["seed"]: row["in_full_precision"] for row in own},
                     own={row["seed"]: row["as_trained"] for row in own},
-                    cooldown=evidence.accuracies(cooled[rest(point)]) if rest(point) in cooled else {},
+                    cooldown={} if partner is None else evidence.accuracies(partner),
                 )
+
+
+def _partners(found: Mapping[str, Evidence], name: str) -> dict[str, Settings]:
+    """What a choice is, but for its scheduler -> the point of `cooldown` that it is held against."""
+    for choices in known_choices(found, equal_time=True):
+        if choices.main.sweep.name == name and choices.fresh:
+            return {rest(fixed): scheduled for scheduled, fixed, _ in every_choice(choices, "cooldown")}
+    return {rest(point): point for point in schedules(found[name], "cooldown", {})}
+
+
+def beside_fresh(found: Mapping[str, Evidence]) -> Told:
+    """`cooldown` less fixed choices of its modelled time tested as they were trained, on fresh seeds."""
+    told = [(one.subject, paired(one.cooldown, one.own)) for one in tested(found) if one.fresh]
+    return [(subject, value) for subject, value in told if value.n >= SEEDS]
 
 
 def tested_table(found: Mapping[str, Evidence]) -> str:
@@ -63,7 +83,7 @@ def tested_table(found: Mapping[str, Evidence]) -> str:
         rows.append(
             [
                 one.subject,
-                f"{100 * one.share:g} % of the layers",
+                one.choice,
                 f"{one.epsilon:g}",
                 f"{own.n}",
                 *(mean(sample([*values.values()])) for values in (one.full, one.own)),
@@ -96,4 +116,5 @@ def sentence(found: Mapping[str, Evidence]) -> str:
 
 def _counts(values: Told) -> str:
     better, worse = shown(values, 1), shown(values, -1)
-    return f"{len(better)} of {len(values)} settings{by(better)} and worse in {len(worse)}{by(worse)}"
+    text = f"{len(better)} of {len(values)} settings{by(better)} and worse in {len(worse)}{by(worse)}"
+    return f"{text}, after Holm's correction in {len(firm(values, 1))} and {len(firm(values, -1))}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dpquant.statistics import sample
 
-from . import chips, operand_tables
+from . import as_trained, chips, operand_tables
 from .choices import every_choice, known_choices, looked_at_once, room
 from .files import SEEDS, Evidence
 from .findings import anchors
@@ -73,6 +73,9 @@ def _best(found: Mapping[str, Evidence], to_the_end: Told) -> list[str]:
             text += f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}" if left else ""
             text += f"; in {harmless} of them quantizing costs nothing that is shown)" if harmless else ")"
         text += "."
+    if own := as_trained.beside_fresh(found):
+        text += f" Tested in the arithmetic of their training, it does better than {_counted(own)} of them and worse "
+        text += f"than {len(shown(own, -1))}."
     kept = firm(to_the_end, 1)
     parts = []
     for kind in dict.fromkeys(map(_kind, (name for name, _ in to_the_end))):
