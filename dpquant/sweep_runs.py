@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 BACKENDS = ("loky", "threading", "dask", "ray")
 
 
+def check_names(sweep: Sweep) -> None:
+    """Looks up what the runs' configurations name, each once, and reads no data.
+
+    Raises:
+        InputError: a data set, model, chip or format that there is none of.
+    """
+    from dpquant.train import check_names as check
+
+    named = {str([run.config[key] for key in ("data", "model", "hardware", "format")]): run for run in sweep.runs}
+    for run in named.values():
+        check(run.config)
+
+
 def train_sweep(
     sweep: Sweep,
     root: Path,
@@ -54,8 +67,10 @@ def train_sweep(
         Name of a run -> its result, in the sweep's order; without the runs that the time limit left.
 
     Raises:
-        InputError: ``root`` cannot be written, is in use, or holds results of other configurations.
+        InputError: ``root`` cannot be written, is in use, or holds results of other configurations; or a configuration
+            names what there is none of.
     """
+    check_names(sweep)
     deadline = math.inf if time_limit is None else time.time() + time_limit
     try:
         root.mkdir(parents=True, exist_ok=True)

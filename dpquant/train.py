@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpquant import ledger_file, models, privacy
 from dpquant.config import RunConfig
-from dpquant.data import DataSettings, Splits, load_data
+from dpquant.data import DATASETS, DataSettings, Splits, load_data
 from dpquant.distributed import ALONE, Processes
 from dpquant.engine import DPQuantEngine
 from dpquant.modelled import Epoch
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder
 from dpquant.sensitivity import AnalysisSettings
 from dpquant.streams import fresh_root, stream_seed
-from emulation.errors import InputError
+from emulation.errors import InputError, suggestion
 from emulation.precision import layer_precision
 from hwmodels import cost
 from hwmodels.profile import load_profile
@@ -50,6 +50,22 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     parts: tuple[Any, ...]
+
+
+def check_names(config: RunConfig) -> None:
+    """Looks up the data set, model, chip and formats of a configuration, and reads no data.
+
+    Raises:
+        InputError: a name of none, with the configuration's line.
+    """
+    for section, said, known in (("data", "data set", DATASETS), ("model", "model", models.MODELS)):
+        if (name := config[section]["name"]) not in known:
+            raise config.error((section, "name"), f"unknown {said} name={name!r}", hint=suggestion(name, known))
+    with config.at("hardware", "profile"):
+        load_profile(config["hardware"]["profile"])
+    with config.at("format"):
+        for fmt in [config["format"]] if isinstance(config["format"], str) else config["format"]:
+            layer_precision(fmt)
 
 
 def prepare(
@@ -72,6 +88,7 @@ def prepare(
     Raises:
         InputError: whatever cannot be used or reached, with the configuration's line where there is one.
     """
+    check_names(config)
     settings, schedule, budget = config["training"], config["schedule"], config["privacy"]
     if splits is None:
         with config.at("data"):
@@ -92,14 +109,9 @@ def prepare(
     root = processes.broadcast(root)
     model = _model(config, splits, root)
     model = (model if adapt is None else adapt(model)).to(device)
-    with config.at("hardware", "profile"):
-        profile = load_profile(config["hardware"]["profile"])
-    with config.at("format"):
-        for fmt in [config["format"]] if isinstance(config["format"], str) else config["format"]:
-            layer_precision(fmt)
     with config.at("schedule", "target_speedup"):
         engine = DPQuantEngine(
-            hardware=profile,
+            hardware=load_profile(config["hardware"]["profile"]),
             basis=config["hardware"]["basis"],
             target_speedup=schedule["target_speedup"],
             fraction=schedule["fraction"],
@@ -242,7 +254,7 @@ class _Totals:
 def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
     name, options = config["model"]["name"], dict(config["model"]["options"])
     with config.at("model", "name"), torch.random.fork_rng(devices=[]):
-        takes = inspect.signature(models.MODELS[name]).parameters if name in models.MODELS else {}
+        takes = inspect.signature(models.MODELS[name]).parameters
         shape = splits.input_shape
         known = {"num_classes": splits.classes, "in_channels": shape[0], "image_size": shape[-1], "length": shape[0]}
         if splits.vocabulary is not None:

@@ -474,7 +474,8 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(
 ) -> None:
     from dpquant import train as loop
 
-    text = "seeds: [0]\ngrid: {hardware.profile: [nonesuch, b200, h100], training.epochs: [1]}\n"
+    text = "seeds: [0]\ngrid: {training.batch_size: [9999, 32], hardware.profile: [b200, h100], training.epochs: [1]}\n"
+    text += "exclude: [{training.batch_size: 9999, hardware.profile: h100}]\n"
     path, out = spec(tmp_path, text), tmp_path / "out"
     whole = loop.train
 
@@ -485,11 +486,14 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(
 
     monkeypatch.setattr(loop, "train", breaks)
     data = answer(capsys, "sweep", path, "--out", str(out), code=1)
-    assert list(data["failures"]) == ["profile=nonesuch,epochs=1,seed=0", "profile=h100,epochs=1,seed=0"]
+    assert list(data["failures"]) == [
+        "batch_size=9999,profile=b200,epochs=1,seed=0",
+        "batch_size=32,profile=h100,epochs=1,seed=0",
+    ]
     assert [(row["runs"], row["failed"]) for row in data["rows"]] == [(0, 1), (1, 0), (0, 1)]
     results = read_results(out / "results.jsonl")
-    assert "nonesuch" in str(results["profile=nonesuch,epochs=1,seed=0"].error)
-    assert results["profile=h100,epochs=1,seed=0"].error == "RuntimeError: out of memory"
+    assert "batch_size=9999" in str(results["batch_size=9999,profile=b200,epochs=1,seed=0"].error)
+    assert results["batch_size=32,profile=h100,epochs=1,seed=0"].error == "RuntimeError: out of memory"
     assert "0/1" in shown(capsys, "sweep", path, "--out", str(out), "--report", code=1)
     monkeypatch.setattr(loop, "train", whole)
     data = answer(capsys, "sweep", path, "--out", str(out), code=1)  # failures are tried again, and only they
@@ -698,6 +702,28 @@ def test_a_run_that_was_stopped_before_its_first_line_is_started_again(tmp_path:
     (folder / "config.yaml").write_text("half")
     (folder / ".run.json.123").write_text("half")
     assert all(result.done for result in sweep_runs.train_sweep(sweep, tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("format", "luq_fp5", "luq_fp4"),
+        ("hardware.profile", "b20", "b200"),
+        ("model.name", "digits_cn", "digits_cnn"),
+        ("data.name", "digit", "digits"),
+    ],
+)
+def test_a_name_of_none_is_refused_before_the_first_run(
+    capsys: Capture, tmp_path: Path, key: str, value: str, hint: str
+) -> None:
+    known = {"format": "mxfp4", "hardware.profile": "a100", "model.name": "fashion_cnn", "data.name": "fashion_mnist"}
+    path = spec(tmp_path, f"seeds: [0]\ngrid:\n  {key}: [{known[key]}, {value}]\n")
+    for words in (["--dry-run"], ["--out", str(tmp_path / "out")]):
+        error, told = refused(capsys, "sweep", path, *words)
+        assert "spec.yaml:4: unknown" in error
+        assert repr(value) in error
+        assert hint in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_and_wrong_words(capsys: Capture, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dpquant.statistics import paired, sample
+from dpquant.statistics import Sample, paired, sample
 
 from .choices import LATER, every_choice, folded, known_choices
 from .files import RESULTS, SEEDS, Accuracies, Evidence, Settings, lines
@@ -25,6 +25,7 @@ class Tested:
         epsilon: the budget.
         full: seed -> accuracy in full precision.
         own: seed -> accuracy with the layers quantized as in training.
+        unquantized: seed -> accuracy of the same trained in full precision.
         cooldown: seed -> accuracy of that schedule with as many layers, or of the same modelled time.
     """
 
@@ -34,6 +35,7 @@ class Tested:
     epsilon: float
     full: Accuracies
     own: Accuracies
+    unquantized: Accuracies
     cooldown: Accuracies
 
 
@@ -49,6 +51,7 @@ def tested(found: Mapping[str, Evidence]) -> Iterator[Tested]:
             known = [rows.get((name, r.name, r.digest)) for r in evidence.finished(point)]
             own = [row for row in known if row is not None and row["seed"] >= LATER.get(name, 0)]
             partner, layers = partners.get(rest(point)), point.get("schedule.layers")
+            plain = evidence.full_precision(point)
             if len(own) >= SEEDS:
                 yield Tested(
                     subject=SUBJECTS[name],
@@ -57,6 +60,7 @@ def tested(found: Mapping[str, Evidence]) -> Iterator[Tested]:
                     epsilon=point.get("privacy.target_epsilon", unvaried),
                     full={row["seed"]: row["in_full_precision"] for row in own},
                     own={row["seed"]: row["as_trained"] for row in own},
+                    unquantized={} if plain is None else evidence.accuracies(plain),
                     cooldown={} if partner is None else evidence.accuracies(partner),
                 )
 
@@ -73,6 +77,14 @@ def beside_fresh(found: Mapping[str, Evidence]) -> Told:
     """`cooldown` less fixed choices of its modelled time tested as they were trained, on fresh seeds."""
     told = [(one.subject, paired(one.cooldown, one.own)) for one in tested(found) if one.fresh]
     return [(subject, value) for subject, value in told if value.n >= SEEDS]
+
+
+def cost_of_all(found: Mapping[str, Evidence], subject: str, epsilon: float) -> Sample:
+    """What a network with all its layers quantized loses, tested as it was trained, against full precision."""
+    for one in tested(found):
+        if (one.subject, one.choice, one.epsilon) == (subject, "100 % of the layers", epsilon):
+            return paired(one.own, one.unquantized)
+    return sample([])
 
 
 def tested_table(found: Mapping[str, Evidence]) -> str:

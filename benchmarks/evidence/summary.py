@@ -124,6 +124,8 @@ def _arithmetic(found: Mapping[str, Evidence]) -> str:
                 "Into the number format: with all layers of CIFAR-10's CNN in it at epsilon 8, points less full "
                 f"precision: {'; '.join(text for _, text in sorted(costs))}."
             )
+        if (own := as_trained.cost_of_all(found, "CIFAR-10's CNN", 8.0)).n >= SEEDS:
+            told.append(f"(Tested in full precision; LUQ-FP4 tested in its own arithmetic {difference(own)}.)")
     if more := _by_family(found, "full", "static"):
         told.append(f"At epsilon 1 quantization costs more than at epsilon 8 in {more}.")
     if harm := operand_tables.in_luq(SEEDS):

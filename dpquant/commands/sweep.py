@@ -74,6 +74,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     for name, reason in sweep.refused.items():
         out.say(f"left out: {name}: {reason}")
     if args.dry_run:
+        sweep_runs.check_names(sweep)
         return _list(sweep, out)
     root = Path(args.out) if args.out else Path("runs") / sweep.name
     if args.report:
@@ -100,7 +101,7 @@ def _list(sweep: Sweep, out: Output) -> int:
         out.json({"rows": rows, "refused": sweep.refused})
     else:
         out.table(Table(columns=[Column(key="name", title="run", wrap=True)], rows=rows))
-        out.note(f"{len(rows)} runs; every configuration is sound.")
+        out.note(f"{len(rows)} runs. Their names and values are known; data and targets are checked when a run begins.")
     return 0
 
 
