@@ -12,6 +12,7 @@ from hwmodels.cost import Estimate, StepModel
 from hwmodels.dpsgd import CLIPPINGS
 from hwmodels.memory import footprint, memory_parts
 from hwmodels.planner import PrecisionPlan, fraction, gains
+from hwmodels.planner import fastest as fastest_plan
 from hwmodels.profile import HardwareProfile
 from hwmodels.workload import Workload
 
@@ -149,9 +150,9 @@ def _row(model: StepModel, baseline: Estimate, name: str, asked: Asked) -> Row:
     full = name == get_format(model.options.baseline).name  # nothing is quantized
     gain = {} if full else gains(model, profile.rate(name).format)
     order = sorted(gain, key=lambda layer: -gain[layer])
-    best = {layer: name for layer in order if gain[layer] > 0}
+    best = {} if full else dict.fromkeys(fastest_plan(model, [profile.rate(name).format]), name)
     max_speedup = baseline.step_s / model.step_s(best)
-    plan = _plan(model, order, gain, name, asked)
+    plan = _plan(model, order, gain, name, best, asked)
     estimate = model.estimate(plan)
     target = asked.target_speedup
     rate = profile.rate(name)
@@ -176,7 +177,14 @@ def _row(model: StepModel, baseline: Estimate, name: str, asked: Asked) -> Row:
     )
 
 
-def _plan(model: StepModel, order: Sequence[str], gain: Mapping[str, float], name: str, asked: Asked) -> PrecisionPlan:
+def _plan(
+    model: StepModel,
+    order: Sequence[str],
+    gain: Mapping[str, float],
+    name: str,
+    best: Mapping[str, str],
+    asked: Asked,
+) -> PrecisionPlan:
     if asked.target_speedup is not None:
         chosen: dict[str, str] = {}
         budget = model.step_s({}) / asked.target_speedup
@@ -184,7 +192,8 @@ def _plan(model: StepModel, order: Sequence[str], gain: Mapping[str, float], nam
             if model.step_s(chosen) <= budget or gain[layer] <= 0:
                 break
             chosen[layer] = name
-        return PrecisionPlan(formats=chosen)
+        # where launches bound the step, layers that each gain can lose together: then the fastest are taken
+        return PrecisionPlan(formats=chosen if model.step_s(chosen) <= max(budget, model.step_s(best)) else best)
     return fraction(order, name, 1.0 if asked.share is None else asked.share)
 
 

@@ -29,6 +29,7 @@ _PRV_ERROR = 0.01  # Opacus's default: PRV's epsilon is an upper bound at most a
 _PRV_POINTS = 2**23  # of the discretized privacy loss: beyond this the FFTs need gigabytes
 _SIGMA_TOLERANCE = 1e-3
 _SIGMA_RANGE = (1e-2, 2.0**14)
+_NO_NOISE = 1e-6  # less bounds nothing: one release alone has an epsilon of 1e11, and accountants overflow
 
 Composition = tuple[tuple[float, float, int], ...]
 """Merged and sorted (noise multiplier, sample rate, steps)."""
@@ -254,7 +255,7 @@ def _merged(events: Iterable[PrivacyEvent]) -> Composition:
 def _composed_epsilon(composition: Composition, delta: float, accountant: Accountant) -> float:
     if not composition:
         return 0.0
-    if composition[0][0] == 0:
+    if composition[0][0] < _NO_NOISE:
         return math.inf
     exact = _prv_epsilon(composition, delta) if accountant == "prv" else None
     return _rdp_epsilon(composition, delta) if exact is None else exact

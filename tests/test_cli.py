@@ -508,6 +508,18 @@ def test_estimate_fraction_and_target(capsys: Capture) -> None:
     assert [row["reached"] for row in missed] == [False, False]
 
 
+def test_layers_that_gain_alone_and_lose_together_are_left_in_full_precision(capsys: Capture) -> None:
+    """Where launches bound an eager step, each layer quantized adds kernels."""
+    words = ("estimate", "--model", "resnet18", "--batch-size", "256", "--framework", "eager")
+    for target in ("1.02", "1.1"):
+        rows = answer(capsys, *words, "--target-speedup", target)["rows"]
+        assert {row["reached"] for row in rows} == {False, True}
+        for row in rows:
+            assert row["max_speedup"] >= 1
+            assert row["speedup"] <= row["max_speedup"] * (1 + 1e-12)
+            assert row["reached"] == (row["max_speedup"] >= float(target) * (1 - 1e-12))
+
+
 def test_estimate_explains(capsys: Capture) -> None:
     out = " ".join(shown(capsys, *ESTIMATE, "--format", "nvfp4", "--explain").split())
     assert "h100, nvfp4: mostly bound by" in out

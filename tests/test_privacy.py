@@ -96,7 +96,7 @@ def test_nothing_spends_nothing_and_no_noise_spends_everything(accountant):
     assert epsilon(ledger(training(1.0, 0.1), training(0.0, 0.1)), 1e-5, accountant) == math.inf
 
 
-@pytest.mark.parametrize("sigma", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("sigma", [1e-300, 1e-100, 1e-7, 1e-6, 0.02, 0.05, 0.2])
 def test_hopeless_noise_has_a_finite_or_infinite_bound_but_no_crash(sigma):
     prv = epsilon(ledger(training(sigma, 0.3, 100_000)), 1e-5)
     assert prv > 1e4

@@ -74,8 +74,8 @@ def _best(found: Mapping[str, Evidence], to_the_end: Told) -> list[str]:
             text += f"; in {harmless} of them quantizing costs nothing that is shown)" if harmless else ")"
         text += "."
     if own := as_trained.beside_fresh(found):
-        text += f" Tested in the arithmetic of their training, it does better than {_counted(own)} of them and worse "
-        text += f"than {len(shown(own, -1))}."
+        text += " With these choices tested in the arithmetic of their training, and `cooldown` in full precision, in "
+        text += f"which it ends, it does better than {_counted(own)} and worse than {len(shown(own, -1))}."
     kept = firm(to_the_end, 1)
     parts = []
     for kind in dict.fromkeys(map(_kind, (name for name, _ in to_the_end))):
