@@ -180,12 +180,13 @@ def build_model(name: str, **options: Any) -> nn.Module:
     """
     if name not in MODELS:
         raise InputError(f"unknown model name={name!r}", hint=suggestion(name, MODELS))
-    allowed = tuple(p for p in inspect.signature(MODELS[name]).parameters if p not in ("block", "depths", "stages"))
+    takes = inspect.signature(MODELS[name]).parameters
+    allowed = tuple(p for p in takes if p not in ("block", "depths", "stages"))
     for option, value in options.items():
         if option not in allowed:
             raise InputError(f"model {name} takes no {option}={value!r}", hint=suggestion(option, allowed))
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"{option}={value} of model {name} must be at least 1")
+        if takes[option].annotation == "int" and (type(value) is not int or value < 1):
+            raise InputError(f"{option}={value!r} of model {name} must be a whole number and at least 1")
     with _Shapes():
         return MODELS[name](**options)
 

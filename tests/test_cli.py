@@ -151,6 +151,8 @@ def test_three_questions_are_answered_by_help(capsys: Capture) -> None:
         (["estimate", "--model", "resnet18", "--hardware", "h100", "--price", "h10=1"], "'h10'", "h100"),
         (["estimate", "--model", "resnet18", "--hardware", "h100", "--price", "h100=x"], "no price", "h100=2.5"),
         (["estimate", "--model", "resnet18", "--max-power", "1"], "at most 1 W", ""),
+        (["estimate", "--model", "resnet18", "--hardware", ""], "empty name", "commas"),
+        (["estimate", "--model", "resnet18", "--model-option", "num_classes=ten"], "num_classes='ten'", ""),
         (["privacy"], "no configuration", "--epochs"),
         (["privacy", "digts"], "digts", "digits"),
         (["train"], "CONFIG", "digits"),
@@ -636,6 +638,12 @@ def test_privacy_overrides_and_options(capsys: Capture) -> None:
     assert solved["noise_multiplier"] == pytest.approx(1, abs=2e-3)
     assert "--delta" in refused(capsys, "privacy", *options[:6])[1]
     assert "larger" in refused(capsys, "privacy", "--dataset-size", "5", *options[2:], "--target-epsilon", "1")[0]
+    loose = [*options[:-1], "2e-5", "--target-epsilon", "1"]
+    assert refused(capsys, "privacy", *loose) == (
+        "delta=2e-05 is not below 1/50000, one over the number of examples",
+        "2e-06, say",
+    )
+    assert "1/1500" in refused(capsys, "privacy", "digits", "--delta", "0.1")[0]
 
 
 # --- train and report
@@ -744,6 +752,30 @@ def test_train_refuses_a_folder_in_use(capsys: Capture, trained: Path) -> None:
     error, hint = refused(capsys, "train", str(trained.parent / "tiny.yaml"), "--out", str(trained))
     assert "not empty" in error
     assert "--resume" in hint
+
+
+def test_a_run_that_counts_steps_again_says_where_it_ends(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpquant import engine
+
+    config, path = write_config(tmp_path), tmp_path / "run"
+    backward, calls = engine.DPQuantEngine.backward, iter(range(6))
+
+    def stopped(*args: Any) -> Any:
+        if next(calls) == 5:  # in the second epoch of four steps
+            raise KeyboardInterrupt
+        return backward(*args)
+
+    monkeypatch.setattr(engine.DPQuantEngine, "backward", stopped)
+    assert main(["train", str(config), "--target-epsilon", "3", "--out", str(path)]) == 130
+    monkeypatch.setattr(engine.DPQuantEngine, "backward", backward)
+    monkeypatch.setattr(engine, "arithmetic", lambda module, processes: "of another machine")
+    capsys.readouterr()
+    assert main(["train", "--resume", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert "ended at step 4 of 8: what was taken again after a stop has spent the rest" in said
+    assert load_run(path).records[-1].epsilon <= 3
 
 
 def test_interrupted_training_can_be_resumed(

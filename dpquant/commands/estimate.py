@@ -182,7 +182,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def _profiles(args: argparse.Namespace) -> list[HardwareProfile]:
     from hwmodels.profile import list_profiles, load_profile
 
-    names = _words(args.hardware, "--hardware") if args.hardware else list_profiles(args.hardware_dir)
+    names = list_profiles(args.hardware_dir) if args.hardware is None else _words(args.hardware, "--hardware")
     found = [load_profile(name, args.hardware_dir) for name in dict.fromkeys(names)]
     if args.max_power is not None:
         found = [p for p in found if p.power is not None and p.power.limit_w <= args.max_power]

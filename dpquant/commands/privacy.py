@@ -228,6 +228,9 @@ def _plan(
 ) -> Plan:
     from dpquant.privacy import PrivacyEvent, calibrate_noise
 
+    if delta >= 1 / size:
+        message = f"delta={delta:g} is not below 1/{size}, one over the number of examples"
+        raise InputError(message, hint=f"{0.1 / size:.0e}, say")
     rate = min(1.0, batch_size / size)
     steps = epochs * max(1, round(1 / rate))
     planned = replace(analysis, steps=max(1, analyses))

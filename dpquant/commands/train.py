@@ -205,6 +205,8 @@ def _talk(training: Training, folder: RunFolder, tensorboard: bool, out: Output)
     except KeyboardInterrupt:
         print(f"stopped; go on with: dpquant train --resume {shlex.quote(str(folder.path))}", file=sys.stderr)
         raise
+    if (end := training.engine.last_step) < facts.steps:
+        out.say(f"ended at step {end} of {facts.steps}: what was taken again after a stop has spent the rest")
 
 
 def _idle_cores(training: Training) -> str | None:
