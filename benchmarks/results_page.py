@@ -365,7 +365,7 @@ def hours(found: Mapping[str, Evidence]) -> str:
     ]
     note = f"""{len(results)} runs, run-hours: {", ".join(totals)}. Runs share a device or several of a kind, so
     run-hours add up to more than the last column, the hours in which any run of the sweep was under way; `-`: not
-    recorded."""
+    recorded. What `tested.py`, `variance.py` and `operands.py` trained is not in it."""
     return prose(note) + "\n\n" + table(["sweep", "device", "runs", "run-hours", "hours"], rows, range(2, 5))
 
 
