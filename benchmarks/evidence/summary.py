@@ -56,12 +56,14 @@ def _best(found: Mapping[str, Evidence], to_the_end: Told) -> list[str]:
     """Cooldown against the fixed choices that reach the same speedup, and against the same to the end."""
     fresh: Told = []
     left: Told = []
+    bounds = []
     for choices in known_choices(found, equal_time=True):
-        for scheduled, fixed, _ in every_choice(choices, "cooldown") if choices.fresh else ():
+        for scheduled, fixed, over_all in every_choice(choices, "cooldown") if choices.fresh else ():
             if (value := looked_at_once(choices, scheduled, fixed)).n >= SEEDS:
                 fresh.append((choices.subject, value))
                 if not value.sign and (most := room(choices.fixed, fixed)).sign == 1:
                     left.append((choices.subject, most))
+                    bounds.append(over_all.high or 0.0)
     text = "`cooldown` quantizes the layers that save most time in the first epochs and none in the last."
     if fresh:
         undecided = len(shown(fresh, 0))
@@ -70,7 +72,11 @@ def _best(found: Mapping[str, Evidence], to_the_end: Told) -> list[str]:
         if undecided:
             harmless = undecided - len(left)
             text += f" (for the other {undecided} no difference is shown"
-            text += f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}" if left else ""
+            if left:
+                text += (
+                    f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}, and `cooldown` on all "
+                )
+                text += f"seeds there are, rules chosen on them or not, at most {100 * max(bounds):+.2f}"
             text += f"; in {harmless} of them quantizing costs nothing that is shown)" if harmless else ")"
         text += "."
     if own := as_trained.beside_fresh(found):
