@@ -73,10 +73,8 @@ def _best(found: Mapping[str, Evidence], to_the_end: Told) -> list[str]:
             harmless = undecided - len(left)
             text += f" (for the other {undecided} no difference is shown"
             if left:
-                text += (
-                    f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}, and `cooldown` on all "
-                )
-                text += f"seeds there are, rules chosen on them or not, at most {100 * max(bounds):+.2f}"
+                text += f"; full precision less {'these' if len(left) > 1 else 'this'} {span(left)}, and `cooldown` at "
+                text += f"most {100 * max(bounds):+.2f}, on all seeds there are"
             text += f"; in {harmless} of them quantizing costs nothing that is shown)" if harmless else ")"
         text += "."
     if own := as_trained.beside_fresh(found):
