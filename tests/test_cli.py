@@ -153,6 +153,9 @@ def test_three_questions_are_answered_by_help(capsys: Capture) -> None:
         (["estimate", "--model", "resnet18", "--max-power", "1"], "at most 1 W", ""),
         (["estimate", "--model", "resnet18", "--hardware", ""], "empty name", "commas"),
         (["estimate", "--model", "resnet18", "--model-option", "num_classes=ten"], "num_classes='ten'", ""),
+        (["estimate", "--model", "resnet18", "--pareto", "--by", "phase"], "--by does nothing with --pareto", "--by"),
+        (["estimate", "--model", "resnet18", "--sweep", "batch-size=8", "--explain"], "--explain does nothing", ""),
+        (["estimate", "--model", "resnet18", "--break-even", "--fraction", "0"], "--fraction does nothing", ""),
         (["privacy"], "no configuration", "--epochs"),
         (["privacy", "digts"], "digts", "digits"),
         (["train"], "CONFIG", "digits"),
@@ -633,7 +636,10 @@ def test_privacy_overrides_and_options(capsys: Capture) -> None:
     assert two["epsilon"] > one["epsilon"]
     options = ["--dataset-size", "50000", "--batch-size", "1000", "--epochs", "10", "--delta", "1e-5"]
     plain = answer(capsys, "privacy", *options, "--accountant", "rdp", "--noise-multiplier", "1")
-    assert (plain["sample_rate"], plain["steps"], plain["analysis"]["steps"]) == (0.02, 500, 0)
+    assert (plain["sample_rate"], plain["steps"]) == (0.02, 500)
+    assert plain["analysis"] == {"noise_multiplier": None, "sample_rate": None, "steps": 0}
+    few = ["--dataset-size", "100", "--batch-size", "10", "--epochs", "1", "--delta", "1e-3"]
+    assert "together" in shown(capsys, "privacy", *few, "--accountant", "rdp", "--noise-multiplier", "1")
     solved = answer(capsys, "privacy", *options, "--accountant", "rdp", "--target-epsilon", str(plain["epsilon"]))
     assert solved["noise_multiplier"] == pytest.approx(1, abs=2e-3)
     assert "--delta" in refused(capsys, "privacy", *options[:6])[1]
@@ -813,6 +819,10 @@ def test_privacy_of_a_run(capsys: Capture, trained: Path) -> None:
     spent = answer(capsys, "privacy", str(trained))
     assert spent["epsilon"] == pytest.approx(load_run(trained).records[-1].epsilon)
     assert "has spent epsilon" in shown(capsys, "privacy", str(trained))
+    error, hint = refused(capsys, "privacy", str(trained), "--epochs", "5")
+    assert "--epochs cannot change what a run has spent" in error
+    planned = answer(capsys, *hint.split(": dpquant ")[1].split(), "--epochs", "5")
+    assert planned["steps"] == 20
 
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "command-line.md"

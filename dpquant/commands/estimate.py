@@ -133,6 +133,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from dpquant import estimate_tables, estimates
 
     estimates.check_targets(args.fraction, args.target_speedup)
+    curve = _curve(args)
     if args.png is not None and not args.pareto:
         raise InputError("--png draws the curves of --pareto", hint="give --pareto too")
     profiles = _profiles(args)
@@ -143,17 +144,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
         name: getattr(args, name)
         for name in ("method", "clipping", "baseline", "basis", "framework", "optimizer", "physical_batch_size")
     }
-    if args.pareto or args.break_even or args.sweep or args.cost_model == "paper":
+    if curve is not None:
         from dpquant import curves
 
-        if sum((args.pareto, args.break_even, bool(args.sweep), args.cost_model == "paper")) > 1:
-            raise InputError("give one of --pareto, --break-even, --sweep and --cost-model paper")
         pairs = [(profile, name) for profile in profiles for name in formats[profile.name]]
-        if args.pareto:
+        if curve == "--pareto":
             return curves.pareto(workload, pairs, options, out, args.png)
-        if args.break_even:
+        if curve == "--break-even":
             return curves.break_even(workload, pairs, options, out)
-        if args.sweep:
+        if curve == "--sweep":
             return curves.sweep(workload, pairs, options, _batch_sizes(args.sweep), out)
         return curves.paper(workload, pairs, options, 1.0 if args.fraction is None else args.fraction, out)
     asked = estimates.Asked(share=args.fraction, target_speedup=args.target_speedup, prices=prices, options=options)
@@ -206,6 +205,24 @@ def _formats(args: argparse.Namespace, profile: HardwareProfile, out: Output) ->
     for name in names:
         profile.rate(name)
     return names
+
+
+def _curve(args: argparse.Namespace) -> str | None:
+    """The option that shows something else than the table, if one is given; what it would not heed is refused."""
+    curves = {"--pareto": args.pareto, "--break-even": args.break_even, "--sweep": args.sweep is not None}
+    curves["--cost-model paper"] = args.cost_model == "paper"
+    given = [option for option, value in curves.items() if value]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InputError("give one of --pareto, --break-even, --sweep and --cost-model paper")
+    heeded = {"fraction"} if given[0] == "--cost-model paper" else set()
+    for name in ("by", "explain", "target_speedup", "fraction", "price"):
+        value = getattr(args, name)
+        if name not in heeded and value is not None and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} does nothing with {given[0]}", hint=f"leave {option} out, or {given[0]}")
+    return given[0]
 
 
 def _words(text: str, option: str) -> list[str]:

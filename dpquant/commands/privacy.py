@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,10 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is released: training steps and analyses, as events; ``analysis_steps`` of 0 is none."""
+    """What is released: training steps and analyses, as events; None: no analysis is planned."""
 
     training: PrivacyEvent
-    analysis: PrivacyEvent
-    analysis_steps: int
+    analysis: PrivacyEvent | None
     delta: float
     accountant: Accountant
     target_epsilon: float | None
@@ -58,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser, common: argparse.ArgumentPars
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the command; returns its exit code."""
     if args.config is not None and _means_a_run(Path(args.config)):
+        for name in ("epochs", "batch_size", "dataset_size", "target_epsilon", "noise_multiplier"):
+            if getattr(args, name) is not None:
+                message = f"--{name.replace('_', '-')} cannot change what a run has spent"
+                raise InputError(message, hint=f"of another plan: dpquant privacy {args.config}/config.yaml")
         return _spent(args, out)
     plan = _from_config(args) if args.config is not None else _from_options(args)
     answer = evaluate(plan)
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.json(answer)
         return 0
     out.table(_table(answer))
-    if plan.analysis_steps:
+    if plan.analysis is not None:
         out.note(_added(answer))
     target = "" if plan.target_epsilon is None else f", within the target of {plan.target_epsilon:g}"
     out.note(
@@ -83,7 +86,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     """Epsilon of the plan, whole and in parts, as the JSON that is printed."""
     from dpquant.privacy import PrivacyLedger, epsilon
 
-    analysis = PrivacyLedger(events=(plan.analysis,) if plan.analysis_steps else ())
+    analysis = PrivacyLedger(events=() if plan.analysis is None else (plan.analysis,))
     training = PrivacyLedger(events=(plan.training,))
     whole = PrivacyLedger(events=training.events + analysis.events)
 
@@ -99,9 +102,9 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         "sample_rate": plan.training.sample_rate,
         "steps": plan.training.steps,
         "analysis": {
-            "noise_multiplier": plan.analysis.noise_multiplier,
-            "sample_rate": plan.analysis.sample_rate,
-            "steps": plan.analysis_steps,
+            "noise_multiplier": None if plan.analysis is None else plan.analysis.noise_multiplier,
+            "sample_rate": None if plan.analysis is None else plan.analysis.sample_rate,
+            "steps": 0 if plan.analysis is None else plan.analysis.steps,
         },
         "neighbouring": plan.training.neighbouring,
         "sampling": "poisson",
@@ -174,8 +177,7 @@ def _from_config(args: argparse.Namespace) -> Plan:
         target_epsilon=budget["target_epsilon"],
         noise_multiplier=budget["noise_multiplier"],
         accountant=budget["accountant"],
-        analysis=analysis.event(size, 1),
-        analyses=analyses,
+        analysis=analysis.event(size, analyses) if analyses else None,
     )
 
 
@@ -199,8 +201,6 @@ def _from_options(args: argparse.Namespace) -> Plan:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.batch_size > args.dataset_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --dataset-size {args.dataset_size}")
-    from dpquant.sensitivity import AnalysisSettings
-
     return _plan(
         size=args.dataset_size,
         batch_size=args.batch_size,
@@ -209,8 +209,7 @@ def _from_options(args: argparse.Namespace) -> Plan:
         target_epsilon=args.target_epsilon,
         noise_multiplier=args.noise_multiplier,
         accountant=args.accountant or "prv",
-        analysis=AnalysisSettings().event(args.dataset_size, 1),
-        analyses=0,
+        analysis=None,
     )
 
 
@@ -223,8 +222,7 @@ def _plan(
     target_epsilon: float | None,
     noise_multiplier: float | None,
     accountant: Accountant,
-    analysis: PrivacyEvent,
-    analyses: int,
+    analysis: PrivacyEvent | None,
 ) -> Plan:
     from dpquant.privacy import PrivacyEvent, calibrate_noise
 
@@ -233,7 +231,6 @@ def _plan(
         raise InputError(message, hint=f"{0.1 / size:.0e}, say")
     rate = min(1.0, batch_size / size)
     steps = epochs * max(1, round(1 / rate))
-    planned = replace(analysis, steps=max(1, analyses))
     if noise_multiplier is None:
         assert target_epsilon is not None
         noise_multiplier = calibrate_noise(
@@ -241,14 +238,13 @@ def _plan(
             target_delta=delta,
             sample_rate=rate,
             steps=steps,
-            analyses=[planned] if analyses else [],
+            analyses=[] if analysis is None else [analysis],
             accountant=accountant,
         )
     training = PrivacyEvent(mechanism="training", noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps)
     return Plan(
         training=training,
-        analysis=planned,
-        analysis_steps=analyses,
+        analysis=analysis,
         delta=delta,
         accountant=accountant,
         target_epsilon=target_epsilon,
