@@ -410,7 +410,8 @@ def _ledger_of(folder: RunFolder, state: Mapping[str, Any] | None, now: Mapping[
         now: what must be as it was when the run began, by its key in the checkpoint.
 
     Raises:
-        InputError: something was spent, and the ledger or the checkpoint is missing; or the run would be another one.
+        InputError: something was spent, and the ledger, the checkpoint or an epoch's record is missing; or the run
+            would be another one.
     """
     path = folder.ledger_path
     held = ledger_file.read_ledger(path, folder.run_id) if path.exists() else None
@@ -421,6 +422,11 @@ def _ledger_of(folder: RunFolder, state: Mapping[str, Any] | None, now: Mapping[
             f"{folder.path} has no {missing.name}, and without it nobody knows which noise was spent",
             hint="put it back, or start a new run in another folder",
         )
+    done = {record.epoch for record in folder.records()}
+    lost = [epoch for epoch in range(1, 1 + (state["engine"]["epoch"] if state else 0)) if epoch not in done]
+    if lost:
+        message = f"{folder.path}: records.jsonl has no epoch {lost[0]}, and the checkpoint was written after it"
+        raise InputError(message, hint="put the line back, or start a new run in another folder")
     hint = "go on with the same, or start a new run: repeated steps have the noise that they had"
     for key, said in (("data", "the training data are not those"), ("config", "config.yaml is not the one")):
         if state is not None and state.get(key, now[key]) != now[key]:

@@ -257,6 +257,19 @@ def test_a_folder_that_lost_what_was_spent_is_refused_and_left_alone(tmp_path: P
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
+def test_a_lost_record_is_missed(tmp_path: Path) -> None:
+    training, folder = start(tmp_path, "run")
+    with folder:
+        epochs = train(training, folder)
+        next(epochs), next(epochs)
+    path = folder.path / "records.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[1])
+    fresh = prepare(training.config)
+    with RunFolder.resume(folder.path) as again, pytest.raises(InputError, match=r"records\.jsonl has no epoch 1, "):
+        next(train(fresh, again))
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_an_edited_configuration_is_refused(tmp_path: Path) -> None:
     training, folder = start(tmp_path, "run")
     with folder:
