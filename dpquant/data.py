@@ -76,6 +76,17 @@ class DataSource:
     """Of token ids, how many there are; None: the model is told."""
 
 
+def data_source(name: str) -> DataSource:
+    """Where a data set comes from.
+
+    Raises:
+        InputError: a name that is none of ``DATASETS``.
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown data set name={name!r}", hint=suggestion(name, DATASETS))
+    return DATASETS[name]
+
+
 def load_data(settings: DataSettings) -> Splits:
     """Read, check and standardise a data set.
 
@@ -83,9 +94,7 @@ def load_data(settings: DataSettings) -> Splits:
         InputError: unknown data set, missing files (with how to get them), a damaged file, NaN or infinity in the
             images, labels out of range.
     """
-    source = DATASETS.get(settings.name)
-    if source is None:
-        raise InputError(f"unknown data set name={settings.name!r}", hint=suggestion(settings.name, DATASETS))
+    source = data_source(settings.name)
     where = settings.root if settings.root is not None else source.default_root
     if where is None:
         raise InputError(f"data set {settings.name!r} needs root: where its files lie", hint=source.how_to_get)

@@ -168,6 +168,17 @@ INPUT_SHAPES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 """The shape of one example per model, without the batch; one number is a length in tokens."""
 
 
+def options_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """What a model's class takes, by the option's name.
+
+    Raises:
+        InputError: a name that is none of ``MODELS``.
+    """
+    if name not in MODELS:
+        raise InputError(f"unknown model name={name!r}", hint=suggestion(name, MODELS))
+    return inspect.signature(MODELS[name]).parameters
+
+
 def build_model(name: str, **options: Any) -> nn.Module:
     """Build a model by name, freshly initialised on the default device.
 
@@ -178,9 +189,7 @@ def build_model(name: str, **options: Any) -> nn.Module:
     Raises:
         InputError: unknown name, an option the model does not take, or an option out of range.
     """
-    if name not in MODELS:
-        raise InputError(f"unknown model name={name!r}", hint=suggestion(name, MODELS))
-    takes = inspect.signature(MODELS[name]).parameters
+    takes = options_of(name)
     allowed = tuple(p for p in takes if p not in ("block", "depths", "stages"))
     for option, value in options.items():
         if option not in allowed:
@@ -212,8 +221,7 @@ def example_input(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
     Raises:
         InputError: unknown name, or a shape with as many dimensions as the model does not take.
     """
-    if name not in MODELS:
-        raise InputError(f"unknown model name={name!r}", hint=suggestion(name, MODELS))
+    options_of(name)  # refuses what is no name
     usual = INPUT_SHAPES[name]
     shape = usual if shape is None else shape
     if len(shape) != len(usual) or any(size < 1 for size in shape):

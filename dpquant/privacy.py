@@ -423,16 +423,19 @@ def _check_epsilon(value: float) -> None:
         raise InputError(f"target_epsilon={value!r} is out of range", hint="a finite number above 0, usually 1 to 10")
 
 
-def check_delta(name: str, value: float) -> None:
-    """Refuses what is no delta.
+def check_delta(name: str, value: float, examples: int | None = None) -> None:
+    """Refuses what is no delta and, where ``examples`` is given, one that would allow to publish an example in so many.
 
     Raises:
-        InputError: not a number between 0 and 1.
+        InputError: not a number between 0 and 1, or not below 1 / ``examples``.
     """
     if not _is_number(value) or not 0 < value < 1:
         raise InputError(
             f"{name}={value!r} is out of range", hint="between 0 and 1, and well below 1 / number of examples"
         )
+    if examples is not None and value >= 1 / examples:
+        message = f"{name}={value} is not below 1/{examples}, one over the number of examples"
+        raise InputError(message, hint=f"{0.1 / examples:.0e}, say")
 
 
 def _check_accountant(name: str) -> None:

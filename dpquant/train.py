@@ -8,7 +8,6 @@ same bits as one that was not.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,17 +23,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpquant import ledger_file, models, privacy
 from dpquant.config import RunConfig
-from dpquant.data import DATASETS, DataSettings, Splits, load_data
+from dpquant.data import DataSettings, Splits, data_source, load_data
 from dpquant.distributed import ALONE, Processes
 from dpquant.engine import DPQuantEngine
 from dpquant.modelled import Epoch
 from dpquant.rundir import EpochRecord, RunFacts, RunFolder
 from dpquant.sensitivity import AnalysisSettings
 from dpquant.streams import fresh_root, stream_seed
-from emulation.errors import InputError, suggestion
+from emulation.errors import InputError
 from emulation.precision import layer_precision
 from hwmodels import cost
-from hwmodels.profile import load_profile
+from hwmodels.profile import HardwareProfile, load_profile
 
 _EVALUATION_BATCH = 1000
 
@@ -52,20 +51,24 @@ class Training:
     parts: tuple[Any, ...]
 
 
-def check_names(config: RunConfig) -> None:
-    """Looks up the data set, model, chip and formats of a configuration, and reads no data.
+def check_names(config: RunConfig) -> HardwareProfile:
+    """Looks up the data set, model, formats and chip of a configuration, and reads no data.
+
+    Returns:
+        The chip's profile.
 
     Raises:
         InputError: a name of none, with the configuration's line.
     """
-    for section, said, known in (("data", "data set", DATASETS), ("model", "model", models.MODELS)):
-        if (name := config[section]["name"]) not in known:
-            raise config.error((section, "name"), f"unknown {said} name={name!r}", hint=suggestion(name, known))
-    with config.at("hardware", "profile"):
-        load_profile(config["hardware"]["profile"])
+    with config.at("data", "name"):
+        data_source(config["data"]["name"])
+    with config.at("model", "name"):
+        models.options_of(config["model"]["name"])
     with config.at("format"):
         for fmt in [config["format"]] if isinstance(config["format"], str) else config["format"]:
             layer_precision(fmt)
+    with config.at("hardware", "profile"):
+        return load_profile(config["hardware"]["profile"])
 
 
 def prepare(
@@ -88,7 +91,7 @@ def prepare(
     Raises:
         InputError: whatever cannot be used or reached, with the configuration's line where there is one.
     """
-    check_names(config)
+    profile = check_names(config)
     settings, schedule, budget = config["training"], config["schedule"], config["privacy"]
     if splits is None:
         with config.at("data"):
@@ -101,9 +104,8 @@ def prepare(
         message = f"batch_size={settings['batch_size']} is larger than the data ({size} training examples)"
         raise config.error(("training", "batch_size"), message, hint=f"at most {size}")
     declared = settings["dataset_size"] or size
-    if not budget["target_delta"] < 1 / declared:
-        message = f"target_delta={budget['target_delta']} is not below 1/{declared}, one over the number of examples"
-        raise config.error(("privacy", "target_delta"), message, hint=f"{0.1 / declared:.0e}, say")
+    with config.at("privacy", "target_delta"):
+        privacy.check_delta("target_delta", budget["target_delta"], examples=declared)
     if root is None:
         root = fresh_root() if config["seed"] is None else stream_seed(config["seed"], "root")
     root = processes.broadcast(root)
@@ -111,7 +113,7 @@ def prepare(
     model = (model if adapt is None else adapt(model)).to(device)
     with config.at("schedule", "target_speedup"):
         engine = DPQuantEngine(
-            hardware=load_profile(config["hardware"]["profile"]),
+            hardware=profile,
             basis=config["hardware"]["basis"],
             target_speedup=schedule["target_speedup"],
             fraction=schedule["fraction"],
@@ -254,7 +256,7 @@ class _Totals:
 def _model(config: RunConfig, splits: Splits, root: int) -> nn.Module:
     name, options = config["model"]["name"], dict(config["model"]["options"])
     with config.at("model", "name"), torch.random.fork_rng(devices=[]):
-        takes = inspect.signature(models.MODELS[name]).parameters
+        takes = models.options_of(name)
         shape = splits.input_shape
         known = {"num_classes": splits.classes, "in_channels": shape[0], "image_size": shape[-1], "length": shape[0]}
         if splits.vocabulary is not None:
@@ -413,19 +415,17 @@ def _ledger_of(folder: RunFolder, state: Mapping[str, Any] | None, now: Mapping[
         InputError: something was spent, and the ledger, the checkpoint or an epoch's record is missing; or the run
             would be another one.
     """
-    path = folder.ledger_path
+    path, done = folder.ledger_path, {record.epoch for record in folder.records()}
     held = ledger_file.read_ledger(path, folder.run_id) if path.exists() else None
-    begun = bool(held.events) if held is not None else state is not None or bool(folder.records())
+    begun = bool(held.events) if held is not None else state is not None or bool(done)
     if begun and (state is None or held is None):
         missing = folder.checkpoint_path if state is None else path
         raise InputError(
             f"{folder.path} has no {missing.name}, and without it nobody knows which noise was spent",
             hint="put it back, or start a new run in another folder",
         )
-    done = {record.epoch for record in folder.records()}
-    lost = [epoch for epoch in range(1, 1 + (state["engine"]["epoch"] if state else 0)) if epoch not in done]
-    if lost:
-        message = f"{folder.path}: records.jsonl has no epoch {lost[0]}, and the checkpoint was written after it"
+    if lost := {*range(1, 1 + (state["engine"]["epoch"] if state else 0))} - done:
+        message = f"{folder.path}: records.jsonl has no epoch {min(lost)}, and the checkpoint was written after it"
         raise InputError(message, hint="put the line back, or start a new run in another folder")
     hint = "go on with the same, or start a new run: repeated steps have the noise that they had"
     for key, said in (("data", "the training data are not those"), ("config", "config.yaml is not the one")):

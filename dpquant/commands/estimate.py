@@ -305,14 +305,13 @@ def _option(word: str) -> tuple[str, Any]:
 
 def _shipped(name: str, shape: tuple[int, ...] | None, options: dict[str, Any], out: Output) -> tuple[nn.Module, Any]:
     """A model of the project on the meta device, its input channels and size as the example has them."""
-    import inspect
 
     import torch
 
-    from dpquant.models import MODELS, build_model, example_input
+    from dpquant.models import build_model, example_input, options_of
 
     example = example_input(name, shape)
-    takes = inspect.signature(MODELS[name]).parameters
+    takes = options_of(name)
     if example.dim() == 4:
         for key, value in (("in_channels", example.shape[1]), ("image_size", example.shape[-1])):
             if key in takes:

@@ -101,11 +101,9 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         "noise_multiplier": plan.training.noise_multiplier,
         "sample_rate": plan.training.sample_rate,
         "steps": plan.training.steps,
-        "analysis": {
-            "noise_multiplier": None if plan.analysis is None else plan.analysis.noise_multiplier,
-            "sample_rate": None if plan.analysis is None else plan.analysis.sample_rate,
-            "steps": 0 if plan.analysis is None else plan.analysis.steps,
-        },
+        "analysis": {"noise_multiplier": None, "sample_rate": None, "steps": 0}
+        if plan.analysis is None
+        else {key: getattr(plan.analysis, key) for key in ("noise_multiplier", "sample_rate", "steps")},
         "neighbouring": plan.training.neighbouring,
         "sampling": "poisson",
         "target_epsilon": plan.target_epsilon,
@@ -224,11 +222,9 @@ def _plan(
     accountant: Accountant,
     analysis: PrivacyEvent | None,
 ) -> Plan:
-    from dpquant.privacy import PrivacyEvent, calibrate_noise
+    from dpquant.privacy import PrivacyEvent, calibrate_noise, check_delta
 
-    if delta >= 1 / size:
-        message = f"delta={delta:g} is not below 1/{size}, one over the number of examples"
-        raise InputError(message, hint=f"{0.1 / size:.0e}, say")
+    check_delta("delta", delta, examples=size)
     rate = min(1.0, batch_size / size)
     steps = epochs * max(1, round(1 / rate))
     if noise_multiplier is None:
